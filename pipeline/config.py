@@ -184,6 +184,8 @@ class Finetune:
     """Fraction of the labels of each class that is held out of training, to choose by."""
     monitor: Literal["holdout", "val"] = "holdout"
     """What plateaus and choices look at; val is refused in a rehearsal."""
+    evals: int = 10
+    """How often the held-out images are looked at over the run."""
     precision: Literal["auto", "bf16", "no"] = "auto"
     """auto: bf16 where the processor supports it."""
     checkpoint_minutes: float = 10.0

@@ -15,6 +15,12 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def barrier() -> None:
+    """Wait for the other processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:  # type: ignore[override]

@@ -38,6 +38,30 @@ def submission_folder(entry: str) -> Path:
     return Path("submissions") / entry
 
 
+def finetune_folder(entry: str, round_: int) -> Path:
+    """runs/ENTRY/finetune-K."""
+    return entry_folder(entry) / f"finetune-{round_}"
+
+
+def latest_finetune(entry: str) -> Path:
+    """The finished finetune-K with the highest K; InputError where there is none."""
+    done = entry_folder(entry).glob("finetune-*/provenance.json")
+    folders = sorted((p.parent for p in done), key=lambda p: int(p.name.split("-")[1]))
+    if not folders:
+        raise InputError(f"{entry_folder(entry)} holds no finished finetune-K; run `make finetune`")
+    return folders[-1]
+
+
+def numbered(folder: Path, kind: str) -> list[Path]:
+    """folder/KIND-K.csv, in the order of K."""
+    return sorted(folder.glob(f"{kind}-*.csv"), key=lambda p: int(p.stem.rsplit("-", 1)[1]))
+
+
+def label_rounds(contest: Path, entry: Path) -> int:
+    """The number of label files beyond train: the K of the next finetune-K."""
+    return len(numbered(contest, "requested")) + len(numbered(entry, "pseudo"))
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` if the block ends well, and vanishes if not."""
@@ -96,6 +120,11 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def stamp() -> dict[str, Any]:
+    """What made a result: command, commit, package versions."""
+    return {"command": sys.orig_argv, "commit": _commit(), "versions": _versions()}
+
+
 @dataclass(frozen=True)
 class Run:
     """The folder of one stage of an entry, and what decides its contents.
@@ -133,8 +162,8 @@ class Run:
     def finish(self, **results: Any) -> None:
         """Write provenance.json: its existence means that the folder is complete."""
         if rank() == 0:
-            stamp = {"command": sys.orig_argv, "commit": _commit(), "versions": _versions()}
-            write_json(self.folder / "provenance.json", self.facts | stamp | {"results": results})
+            made = self.facts | stamp() | {"results": results}
+            write_json(self.folder / "provenance.json", made)
 
     def results(self) -> dict[str, Any]:
         """What `finish` was told."""

@@ -272,7 +272,7 @@ def _augment(planes: Tensor, view: View, u: Uniforms, size: int, dtype: torch.dt
         x[index] = _rotate(x[index], p["degrees"][index])
     x = x.view(b, 3, size * size)
     matrix, offset = _color_maps(p["factors"], p["order"], p["gray"], x.mean(2) / 255)
-    x = torch.baddbmm(offset, matrix / 255, x).clamp_(0, 1)
+    x = torch.bmm(matrix / 255, x).add_(offset).clamp_(0, 1)
     if view.solarize_p:
         inverted = p["solarize"][:, None, None] & (x >= view.solarize_threshold)
         x = torch.where(inverted, 1 - x, x)
@@ -287,6 +287,7 @@ def make_views(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Views of a uint8 batch [b, h, w, 3] as a list of normalized [b, 3, size, size] in `matmul_dtype`.
 
@@ -294,7 +295,7 @@ def make_views(
     from 0 to 1.  On a CPU a batch goes through in pieces that stay in the cache.
     """
     device, b = images.device, len(images)
-    dtype = matmul_dtype(device)
+    dtype = dtype or matmul_dtype(device)
     specs = [view for view in views for _ in range(view.count)]
     shift = torch.tensor(mean, device=device)[:, None, None]
     scale = torch.tensor(std, device=device).reciprocal()[:, None, None]
@@ -305,5 +306,5 @@ def make_views(
         planes = images[part].permute(0, 3, 1, 2).contiguous().to(dtype)
         for k, view in enumerate(specs):
             x = _augment(planes, view, u[k, part], size, dtype)
-            torch.mul(x.sub_(shift), scale, out=out[k][part])
+            out[k][part] = x.sub_(shift).mul_(scale)
     return out

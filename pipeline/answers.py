@@ -1,0 +1,126 @@
+"""The organizers' files: a label request, and the answer to it, checked against it."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from pipeline import InputError
+from pipeline.checkpoint import load_torch
+from pipeline.runs import replacing
+
+Ints = npt.NDArray[np.int64]
+
+_ASKED = re.compile(r"([0-9]{1,18})(?:\.png)?,?")
+_ANSWERED = re.compile(r"([0-9]{1,18})(?:\.png)?\s*,\s*(-?[0-9]{1,18})")
+
+
+def write_request(path: Path, indices: Ints) -> None:
+    """Write the images asked for as the contest wants them, `N.png,` a row."""
+    with replacing(path) as aside:
+        aside.write_text("".join(f"{n}.png,\n" for n in indices))
+
+
+def read_request(path: Path, images: int) -> Ints:
+    """The images [n] that a request asks for, in order; a row is `N.png,`, `N.png` or `N`.
+
+    Raises InputError, naming file and row, where a row is none of these, comes twice or is not below
+    `images`.
+    """
+    asked: dict[int, int] = {}
+    for row, text in _rows(path):
+        found = _ASKED.fullmatch(text)
+        if not found:
+            raise InputError(f"{path}: row {row} is {text!r}; 'N.png,' is expected")
+        index = int(found[1])
+        if index >= images:
+            raise InputError(
+                f"{path}: row {row} asks for {index}.png; unlabeled images are 0 to {images - 1}"
+            )
+        if index in asked:
+            raise InputError(f"{path}: rows {asked[index]} and {row} both ask for {index}.png")
+        asked[index] = row
+    if not asked:
+        raise InputError(f"{path} asks for nothing; a row 'N.png,' for each image is expected")
+    return np.array(list(asked), np.int64)
+
+
+def read_answer(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
+    """The labels [n] of the images `indices` that the file `request` asks for, in its order.
+
+    `path` is a torch file with one int64 tensor in the order of the request, or a CSV of
+    `N.png,label` or `N,label` in any order, with or without a header.  Raises InputError, naming
+    file and row, where it does not answer just this request with labels of 0 to classes - 1.
+    """
+    if path.suffix.lower() in (".pt", ".pth"):
+        return _read_tensor(path, request, indices, classes)
+    if path.suffix.lower() in (".csv", ".txt"):
+        return _read_csv(path, request, indices, classes)
+    raise InputError(f"{path}: an answer is a .pt file (an int64 tensor) or a .csv (N.png,label)")
+
+
+def _rows(path: Path) -> list[tuple[int, str]]:
+    """The rows of a text file that are not empty, with their numbers."""
+    if not path.is_file():
+        raise InputError(f"{path} is not there; a text file with a row for each image is expected")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: no text file; a row for each image is expected") from None
+    return [(row, line.strip()) for row, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_tensor(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
+    value = load_torch(path)
+    wanted = "one int64 tensor in the order of the request is expected"
+    if not isinstance(value, Tensor):
+        raise InputError(f"{path} holds a {type(value).__name__}; {wanted}")
+    kind = str(value.dtype).removeprefix("torch.")
+    if kind != "int64" or value.ndim != 1:
+        raise InputError(f"{path} holds {kind} of shape {list(value.shape)}; {wanted}")
+    labels: Ints = value.numpy()
+    if len(labels) != len(indices):
+        raise InputError(
+            f"{path} has {len(labels):,} labels; {request} asks for {len(indices):,}, one each"
+        )
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        first = int(wrong[0])
+        raise InputError(
+            f"{path}: row {first + 1} ({indices[first]}.png) has label {labels[first]}; "
+            f"0 to {classes - 1} is expected"
+        )
+    return labels
+
+
+def _read_csv(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
+    place = {int(index): n for n, index in enumerate(indices)}
+    labels = np.full(len(indices), -1, np.int64)
+    seen: dict[int, int] = {}
+    rows = _rows(path)
+    if rows and re.fullmatch(r"id\s*,\s*label", rows[0][1], re.IGNORECASE):
+        rows = rows[1:]
+    for row, text in rows:
+        found = _ANSWERED.fullmatch(text)
+        if not found:
+            raise InputError(f"{path}: row {row} is {text!r}; 'N.png,LABEL' is expected")
+        index, label = int(found[1]), int(found[2])
+        if index not in place:
+            raise InputError(f"{path}: row {row} labels {index}.png; {request} does not ask for it")
+        if index in seen:
+            raise InputError(f"{path}: rows {seen[index]} and {row} both label {index}.png")
+        if not 0 <= label < classes:
+            raise InputError(
+                f"{path}: row {row} ({index}.png) has label {label}; 0 to {classes - 1} is expected"
+            )
+        labels[place[index]], seen[index] = label, row
+    missing = indices[labels < 0]
+    if len(missing):
+        first = ", ".join(f"{n}.png" for n in missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise InputError(
+            f"{path} lacks {len(missing):,} of the {len(indices):,} labels that {request} asks for: "
+            f"{first}"
+        )
+    return labels

@@ -1,0 +1,92 @@
+"""Outputs of a model over packed images, in bounded memory, on every process."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.batches import prefetch, slice_of
+from pipeline.distributed import barrier, rank, world_size
+from pipeline.manifest import Contest
+from pipeline.packed import Pool
+from pipeline.progress import progress
+from pipeline.views import WHOLE, make_views, matmul_dtype, uniforms
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    pool: Pool,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    out: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.int64] | None = None,
+    batch: int = 512,
+    exact: bool = False,
+    unit: bool = False,
+    what: str = "embed",
+) -> None:
+    """Write model(image) of every image of `pool` to `out`, image i to row rows[i] (or i).
+
+    Images are resized to `size`, not augmented.  `exact` computes in float32, else in bf16 where the
+    processor has it; `unit` scales each output to unit length.  Each process takes a contiguous part of the images; `out` has to be shared (a
+    memory map) where there are several.  The model is left in evaluation mode.
+    """
+    device = next(model.parameters()).device
+    dtype = torch.float32 if exact else matmul_dtype(device)
+    model.eval()
+    mine = slice_of(len(pool), rank(), world_size())
+    starts = range(mine.start, mine.stop, batch)
+
+    def fetch(k: int) -> torch.Tensor:
+        positions = np.arange(starts[k], min(starts[k] + batch, mine.stop))
+        return torch.from_numpy(pool.gather(positions)).to(device, non_blocking=True)
+
+    with progress(what, mine.stop - mine.start, "images") as advance:
+        for start, images in zip(starts, prefetch(fetch, 0, len(starts)), strict=True):
+            u = uniforms(0, 0, len(images), 1)
+            x = make_views(images, [WHOLE], u, size, mean, std, dtype)[0]
+            x = x.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = model(x).float()
+            y = F.normalize(y) if unit else y
+            at = np.arange(start, start + len(images))
+            out[at if rows is None else rows[at]] = y.cpu().numpy()
+            advance(len(images))
+
+
+def predict_split(
+    model: nn.Module,
+    contest: Contest,
+    split: str,
+    file: Path,
+    outputs: int,
+    size: int,
+    batch: int = 512,
+    exact: bool = False,
+    unit: bool = False,
+) -> None:
+    """Write model(image) of every usable image of a split to the float32 array `file` [images, outputs].
+
+    Rows of unusable images are zero.  Every process takes its part; the file appears when it is whole.
+    """
+    aside = file.with_name(f".{file.name}.tmp")
+    if rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shape = (contest.splits[split]["images"], outputs)
+        np.lib.format.open_memmap(aside, "w+", np.float32, shape)
+    barrier()
+    rows, out = contest.usable(split), np.lib.format.open_memmap(aside, "r+")
+    pool = Pool([(contest.packed(split), rows)])
+    mean, std = contest.mean, contest.std
+    predict(model, pool, size, mean, std, out, rows, batch, exact, unit, what=split)
+    out.flush()
+    barrier()
+    if rank() == 0:
+        aside.replace(file)
+    barrier()

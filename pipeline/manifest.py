@@ -1,0 +1,312 @@
+"""Read, check and write manifests; a training set is a list of manifests."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import InputError
+from pipeline.packed import Pool, open_packed
+from pipeline.runs import contest_folder, packed_file, read_json, replacing, require, sha256
+from pipeline.tables import Column, read_table
+
+Integers = npt.NDArray[np.int64]
+PREPARED = ("split", "index", "file", "sha256", "label", "note")
+LABELS = ("split", "index", "label", "source")
+PSEUDO_LABELS = ("split", "index", "label", "confidence", "source")
+_COLUMNS = {
+    "split": Column(np.str_, required=True),
+    "index": Column(np.int64, required=True),
+    "label": Column(np.int64, empty=-1, required=True),
+    "confidence": Column(np.float32, most=1, empty=1),
+    "note": Column(np.object_),
+    "source": Column(np.object_),
+    "file": Column(np.object_),
+    "sha256": Column("S64"),
+}
+_BLOCK = 1000  # rows written at a time
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One row for each image, as columns of equal length [n]."""
+
+    split: npt.NDArray[np.str_]
+    index: Integers  # row of the packed split; N of N.png
+    label: Integers  # -1: unknown
+    confidence: npt.NDArray[np.float32]  # 1 where the file has none
+    note: npt.NDArray[np.object_]  # "" for a usable image, else why it is not
+    source: npt.NDArray[np.object_]  # where the label comes from
+    file: npt.NDArray[np.object_]  # within the contest's folder
+    sha256: npt.NDArray[np.bytes_]  # hexadecimal, of the file's bytes
+
+    @classmethod
+    def of(
+        cls,
+        split: str | Sequence[str] | npt.NDArray[np.str_],
+        index: npt.ArrayLike,
+        label: npt.ArrayLike = -1,
+        confidence: npt.ArrayLike = 1.0,
+        note: str | Sequence[str] = "",
+        source: str | Sequence[str] = "",
+        file: str | Sequence[str] = "",
+        sha256: str | Sequence[str] = "",
+    ) -> "Manifest":
+        """A manifest of the images `index`; a single value stands for a whole column."""
+        index = np.asarray(index, np.int64)
+
+        def column(value: Any, dtype: Any) -> Any:
+            return np.broadcast_to(np.asarray(value, dtype), index.shape).copy()
+
+        return cls(
+            column(split, np.str_),
+            index,
+            column(label, np.int64),
+            column(confidence, np.float32),
+            column(note, np.object_),
+            column(source, np.object_),
+            column(file, np.object_),
+            column(sha256, "S64"),
+        )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, rows: npt.NDArray[Any]) -> "Manifest":
+        """The rows that a mask or an array of positions names."""
+        return Manifest(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Manifest"]) -> "Manifest":
+        """The rows of all parts, one after the other."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def usable(self) -> "Manifest":
+        """The images that were neither skipped nor excluded."""
+        return self.take(self.note == "")
+
+
+def write_manifest(path: Path, manifest: Manifest, columns: Sequence[str] = LABELS) -> None:
+    """Write the named columns; an unknown label is left empty."""
+    with replacing(path) as aside, aside.open("w", newline="") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(columns)
+        for start in range(0, len(manifest), _BLOCK):
+            block = manifest.take(np.arange(start, min(start + _BLOCK, len(manifest))))
+            writer.writerows(zip(*(_as_text(block, c) for c in columns), strict=True))
+
+
+def _as_text(manifest: Manifest, column: str) -> list[Any]:
+    values = getattr(manifest, column)
+    if column == "label":
+        return ["" if v < 0 else v for v in values.tolist()]
+    if column == "confidence":
+        return [f"{v:.6g}" for v in values.tolist()]
+    return values.astype(np.str_).tolist() if column == "sha256" else values.tolist()  # type: ignore[no-any-return]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in a CSV file whose header names split, index, label and any other column.
+
+    Raises InputError, naming file and row (the header is row 1), where a value is not what its
+    column holds or an image comes twice.
+    """
+    columns: dict[str, Any] = read_table(path, _COLUMNS)
+    manifest = Manifest.of(**columns)
+    _check_unique(path, manifest)
+    return manifest
+
+
+def _check_unique(path: Path, manifest: Manifest) -> None:
+    codes = np.unique(manifest.split, return_inverse=True)[1]
+    order = np.lexsort((manifest.index, codes))
+    twice = (np.diff(manifest.index[order]) == 0) & (np.diff(codes[order]) == 0)
+    if twice.any():
+        first = int(np.flatnonzero(twice)[0])
+        a, b = order[first], order[first + 1]
+        raise InputError(
+            f"{path}: rows {a + 2} and {b + 2} are both {manifest.split[a]} {manifest.index[a]}; "
+            f"each image is expected once"
+        )
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A prepared contest, as contest.json states it."""
+
+    name: str
+    root: Path
+    layout: str  # "contest" or "folder"
+    rehearsal: bool
+    size: tuple[int, int]  # h, w
+    classes: int
+    class_names: list[str] | None
+    mean: list[float]  # r, g, b, 0..1, of the usable unlabeled images
+    std: list[float]
+    splits: dict[str, dict[str, Any]]
+    skipped: list[dict[str, str]]
+    duplicates: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return contest_folder(self.name)
+
+    def images(self, split: str) -> int:
+        """Rows of the packed split, unusable images included."""
+        return int(self._split(split)["images"])
+
+    def manifest(self, split: str) -> Manifest:
+        """The split's manifest; InputError where it is not the one that contest.json describes."""
+        facts = self._split(split)
+        path = require(self.folder / facts["manifest"], self._made_by)
+        digest = facts.get("manifest_sha256")
+        if digest and sha256(path) != digest:
+            raise InputError(
+                f"{path} was changed since contest.json was written; "
+                f"`{self._made_by} ARGS=--force` makes it anew"
+            )
+        return read_manifest(path)
+
+    def packed(self, split: str) -> npt.NDArray[np.uint8]:
+        """The split's pixels [n, h, w, 3], memory-mapped."""
+        images = self.images(split)
+        path = require(packed_file(self.name, split), self._made_by)
+        array = open_packed(path)
+        if array.shape != (images, *self.size, 3):
+            raise InputError(
+                f"{path} holds {list(array.shape)} where contest.json states "
+                f"{[images, *self.size, 3]}; `{self._made_by} ARGS=--force` makes it anew"
+            )
+        return array
+
+    def pool(self, manifest: Manifest) -> Pool:
+        """The images that a manifest names, in its order.
+
+        Raises InputError where it names an image or a class that the contest does not have.
+        """
+        ends = np.flatnonzero(manifest.split[1:] != manifest.split[:-1]) + 1
+        parts = []
+        for rows in np.split(np.arange(len(manifest)), ends):
+            part = manifest.take(rows)
+            split = str(part.split[0]) if len(part) else next(iter(self.splits))
+            bad = (part.index >= self.images(split)) | (part.label >= self.classes)
+            if bad.any():
+                k = int(np.flatnonzero(bad)[0])
+                raise InputError(
+                    f"a manifest names {split} {part.index[k]} with label {part.label[k]}; {split} "
+                    f"has {self.images(split)} images, the contest {self.classes} classes"
+                )
+            parts.append((self.packed(split), part.index))
+        return Pool(parts)
+
+    def usable(self, split: str) -> Integers:
+        """Indices of the split's usable images, in increasing order."""
+        return np.sort(self.manifest(split).usable().index)
+
+    def labels(self, split: str) -> Integers:
+        """The split's labels [images], -1 where unknown."""
+        labels = np.full(self.images(split), -1, np.int64)
+        manifest = self.manifest(split)
+        labels[manifest.index] = manifest.label
+        return labels
+
+    @property
+    def _made_by(self) -> str:
+        return f"make data ROOT={self.root} CONTEST={self.name}"
+
+    def _split(self, split: str) -> dict[str, Any]:
+        if split not in self.splits:
+            raise InputError(
+                f"contest {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}"
+            )
+        return self.splits[split]
+
+
+def load_contest(name: str) -> Contest:
+    """The contest that prepare made; InputError where it did not."""
+    path = contest_folder(name) / "contest.json"
+    facts = read_json(path, f"make data ROOT=… CONTEST={name}")
+    try:
+        values = {f.name: facts[f.name] for f in fields(Contest) if f.name != "name"}
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} lacks {error}; `make data ROOT=… CONTEST={name} ARGS=--force` makes it anew"
+        ) from None
+    root, size = Path(values.pop("root")), tuple(values.pop("size"))
+    return Contest(name=name, root=root, size=size, **values)
+
+
+def training_set(
+    files: Sequence[Path], fraction: float, per_class: int | None, holdout: float, seed: int
+) -> tuple[Manifest, Manifest]:
+    """What to train on and what is held out of it, from label manifests.
+
+    The draw by `fraction` or `per_class` and the held-out share are of the first file, so that every
+    round holds out the same images.  Where an image comes in several files, the first one counts.
+    Raises InputError where no labeled image is left.
+    """
+    parts, seen = [], set[tuple[str, int]]()
+    for file in files:
+        part = read_manifest(file).usable()
+        keys = list(zip(part.split.tolist(), part.index.tolist(), strict=True))
+        new = np.array([k not in seen for k in keys], np.bool_)
+        parts.append(part.take(new & (part.label >= 0)))
+        seen.update(keys)
+    if not sum(map(len, parts)):
+        raise InputError(f"no labeled image in {', '.join(map(str, files)) or 'no manifest'}")
+    first = parts[0].take(choose_labels(parts[0].label, fraction, per_class, seed))
+    held = hold_out(first.label, holdout, seed)
+    return _join([first.take(~held), *parts[1:]]), first.take(held)
+
+
+def _join(parts: Sequence[Manifest]) -> Manifest:
+    return Manifest(
+        *(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Manifest))
+    )
+
+
+def choose_labels(
+    labels: Integers, fraction: float = 1.0, per_class: int | None = None, seed: int = 0
+) -> Integers:
+    """Sorted positions of `per_class` images of each class, or of a fraction and at least one.
+
+    They are drawn by seed, all of a class that has fewer.  A smaller draw with the same seed is
+    part of a larger one.  Unknown labels (-1) are never drawn.
+    """
+    rank, count = _ranks(labels, seed)
+    if per_class is not None:
+        want = np.full(len(labels), per_class)
+    else:
+        want = np.maximum(1, np.rint(fraction * count)).astype(np.int64)
+    return np.flatnonzero((rank < want) & (labels >= 0))
+
+
+def hold_out(labels: Integers, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which images [n] to hold out: a fraction of each class, drawn by seed.
+
+    A class of two or more gives at least one, where the fraction is above 0, and keeps at least
+    one.  Unknown labels (-1) are never held out.
+    """
+    if fraction <= 0:
+        return np.zeros(len(labels), np.bool_)
+    rank, count = _ranks(labels, [seed, 1])
+    want = np.clip(np.rint(fraction * count), 1, np.maximum(count - 1, 0))
+    want[count < 2] = 0
+    return np.asarray((rank < want) & (labels >= 0))
+
+
+def _ranks(labels: Integers, seed: int | list[int]) -> tuple[Integers, Integers]:
+    """Each image's place [n] in a random order of its class, and its class's size [n]."""
+    keys = np.random.default_rng(seed).random(len(labels))
+    order = np.lexsort((keys, labels))
+    _, start, inverse, count = np.unique(
+        labels[order], return_index=True, return_inverse=True, return_counts=True
+    )
+    rank, sizes = np.empty((2, len(labels)), np.int64)
+    rank[order] = np.arange(len(labels)) - start[inverse]
+    sizes[order] = count[inverse]
+    return rank, sizes

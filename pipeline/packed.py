@@ -1,0 +1,236 @@
+"""Pack images to uint8 .npy files, open them memory-mapped, gather batches of them."""
+
+import functools
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from pipeline import InputError
+from pipeline.progress import Advance
+
+Pixels = npt.NDArray[np.uint8]
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
+_TASK = 64  # images that a worker decodes before it reports
+
+
+def open_packed(path: Path) -> Pixels:
+    """The packed images [n, h, w, 3] of a .npy file, memory-mapped.
+
+    Raises InputError where the file holds anything else.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: no packed images ({error}); run prepare again") from None
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape[3:] != (3,):
+        raise InputError(f"{path}: uint8 [n, h, w, 3] is expected; run prepare again")
+    return array
+
+
+class Pool:
+    """Rows of several packed arrays as one sequence of images.
+
+    Raises InputError where the arrays' image sizes differ.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Pixels, npt.NDArray[np.int64]]]) -> None:
+        sizes = {array.shape[1:] for array, _ in parts}
+        if len(sizes) != 1:
+            found = ", ".join(" × ".join(map(str, s[:2])) for s in sorted(sizes)) or "no images"
+            raise InputError(f"images of one size are expected in a pool; found {found}")
+        self.shape = sizes.pop()  # h, w, 3
+        self._arrays = [np.asarray(array) for array, _ in parts]
+        self._rows = [np.asarray(rows, np.int64) for _, rows in parts]
+        self._ends = np.cumsum([len(rows) for rows in self._rows])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def gather(self, positions: npt.NDArray[np.int64]) -> Pixels:
+        """The images [b, h, w, 3] at `positions` [b] of the concatenation, in their own memory."""
+        positions = np.asarray(positions, np.int64)
+        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
+            raise IndexError(f"positions from 0 to {len(self) - 1} are expected")
+        part = np.searchsorted(self._ends, positions, side="right")
+        out = np.empty((len(positions), *self.shape), np.uint8)
+        for k, (array, rows) in enumerate(zip(self._arrays, self._rows, strict=True)):
+            here = np.flatnonzero(part == k)
+            out[here] = array[rows[positions[here] - (self._ends[k] - len(rows))]]
+        return out
+
+
+class DifferentSizeError(InputError):
+    """An image is not of the size that the packed array has."""
+
+
+class _Unusable(Exception):
+    """Why a file gives no pixels."""
+
+
+class Form(NamedTuple):
+    """What every image is made into, and what is refused."""
+
+    height: int
+    width: int
+    like: str | None  # a file of that size, which every other must have; None resizes
+    max_pixels: int
+
+    @property
+    def bytes(self) -> int:
+        return self.height * self.width * 3
+
+
+class Packed(NamedTuple):
+    """What packing a list of n files found out."""
+
+    digests: list[str]  # [n] hexadecimal SHA-256 of the files' bytes, "" where none could be read
+    reasons: list[str]  # [n] "" or why the file's row was left zero
+    histogram: npt.NDArray[np.int64]  # [3, 256] of the pixels of all good images
+
+
+@contextmanager
+def decoders(workers: int | None) -> Iterator[Executor]:
+    """Processes that decode; they end with the block, and with this process however it ends."""
+    # A forked worker need not import the stage and torch anew, as a spawned one would.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else None)
+    executor = ProcessPoolExecutor(workers or _cores(), context, _start_worker)
+    try:
+        executor.submit(os.getpid).result()  # fork now, before a progress bar has its thread
+        yield executor
+    except BrokenProcessPool:
+        raise InputError(
+            "a decoding process was killed, for want of memory perhaps; try --data.workers 1"
+        ) from None
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the pool
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Image.MAX_IMAGE_PIXELS = None  # Form.max_pixels is held instead
+    warnings.simplefilter("ignore")  # Pillow's, on odd but readable files
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def create(path: Path, images: int, form: Form) -> None:
+    """Make `path` a packed array of zeros.
+
+    Raises InputError where the disk has no room.
+    """
+    need, free = images * form.bytes, shutil.disk_usage(path.parent).free
+    if need > free:
+        raise InputError(
+            f"{path.parent} has {free / 1e9:.1f} GB free; {need / 1e9:.1f} GB are needed for "
+            f"{images:,} images of {form.width} × {form.height}"
+        )
+    np.lib.format.open_memmap(path, "w+", np.uint8, (images, form.height, form.width, 3))
+
+
+def pack(
+    executor: Executor,
+    files: Sequence[str],
+    rows: Sequence[int],
+    out: Path,
+    form: Form,
+    advance: Advance,
+) -> Packed:
+    """Decode `files` [n] in parallel, each into its row of `out`, an array that `create` made.
+
+    Raises DifferentSizeError at the first image of another size, where `form` does not resize.
+    """
+    start = np.lib.format.open_memmap(out, "r").offset
+    packed = Packed([], [], np.zeros((3, 256), np.int64))
+    parts = [slice(k, k + _TASK) for k in range(0, len(files), _TASK)]
+    task = functools.partial(_pack_part, out=out, start=start, form=form)
+    for part in executor.map(task, [files[p] for p in parts], [rows[p] for p in parts]):
+        packed.digests.extend(part.digests)
+        packed.reasons.extend(part.reasons)
+        packed.histogram[:] += part.histogram
+        advance(len(part.digests))
+    return packed
+
+
+def _pack_part(
+    files: Sequence[str], rows: Sequence[int], out: Path, start: int, form: Form
+) -> Packed:
+    packed = Packed([], [], np.zeros((3, 256), np.int64))
+    with out.open("r+b", buffering=0) as f:
+        for file, row in zip(files, rows, strict=True):
+            data, reason = b"", ""
+            try:
+                data = Path(file).read_bytes()
+                image = decode(data, file, form)
+            except OSError as error:
+                reason = f"cannot be read ({error.strerror})"
+            except _Unusable as error:
+                reason = str(error)
+            else:
+                os.pwrite(f.fileno(), image.tobytes(), start + row * form.bytes)
+                packed.histogram[:] += np.array(image.histogram()).reshape(3, 256)
+            packed.digests.append(hashlib.sha256(data).hexdigest() if data else "")
+            packed.reasons.append(reason)
+    return packed
+
+
+def decode(data: bytes, file: str, form: Form) -> Image.Image:
+    """The RGB image in the bytes of a file, of the size that `form` states."""
+    if not data:
+        raise _Unusable("is empty")
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > form.max_pixels:
+                raise _Unusable(
+                    f"has {image.width} × {image.height} pixels; data.max_pixels is "
+                    f"{form.max_pixels:,}"
+                )
+            rgb = to_rgb(image)
+    except UnidentifiedImageError:
+        raise _Unusable(f"is no image ({', '.join(FORMATS)} are read)") from None
+    except _Unusable:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
+        raise _Unusable(f"is truncated or damaged ({error})") from None
+    if rgb.size == (form.width, form.height):
+        return rgb
+    if form.like is not None:
+        raise DifferentSizeError(
+            f"{file} is {rgb.width} × {rgb.height}, {form.like} {form.width} × {form.height}: "
+            f"images of one size are expected; give --data.size PIXELS to resize them all"
+        )
+    return rgb.resize((form.width, form.height), Image.Resampling.BICUBIC)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as RGB: alpha is dropped, 16 bits become the upper 8 (Pillow would clip them)."""
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).clip(0, 65_535) >> 8
+        image = Image.fromarray(wide.astype(np.uint8))
+    return image.convert("RGB")

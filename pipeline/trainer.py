@@ -1,0 +1,294 @@
+"""The one training loop: forward, backward, before_update, step, after_update."""
+
+import json
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from pipeline import InputError
+from pipeline.batches import prefetch
+from pipeline.checkpoint import load_torch, save_torch
+from pipeline.optim import set_lr
+from pipeline.progress import progress
+from pipeline.runs import read_json, say, write_json
+from pipeline.views import matmul_dtype
+
+_CALIBRATION = (2, 5)  # steps to warm up, steps to time, at each resolution
+
+
+def make_accelerator(precision: str, folder: Path) -> Accelerator:
+    """Accelerate's view of the machine, with TensorBoard scalars in `folder`; `auto` is bf16 or float32."""
+    AcceleratorState._reset_state()  # a process may run several stages, each with its precision
+    accelerator = Accelerator(log_with="tensorboard", project_dir=folder)
+    if precision == "auto":
+        fast = matmul_dtype(accelerator.device) == torch.bfloat16
+        precision = "bf16" if fast else "no"
+    if precision == accelerator.mixed_precision:
+        return accelerator
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=folder)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps are made at which resolution, one after the other."""
+
+    resolutions: list[int]
+    steps: list[int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.steps)
+
+    def resolution(self, step: int) -> int:
+        for size, steps in zip(self.resolutions, self.steps, strict=True):
+            if step < steps:
+                return size
+            step -= steps
+        return self.resolutions[-1]
+
+
+def plan_steps(config: Any, images: int, resolutions: list[int], seconds: Callable[[int], float]) -> Plan:
+    """A budget in epochs, steps or minutes as steps; resolutions share it equally in its own unit.
+
+    `config` has the fields epochs, steps, minutes and batch_size; `seconds(resolution)` times one step
+    and is called for a budget in minutes only.
+    """
+    if config.minutes is not None:
+        share = 60 * config.minutes / len(resolutions)
+        return Plan(resolutions, [max(1, round(share / seconds(r))) for r in resolutions])
+    total = config.steps or max(1, round(config.epochs * images / config.batch_size))
+    ends = [round(total * (k + 1) / len(resolutions)) for k in range(len(resolutions))]
+    return Plan(resolutions, [b - a for a, b in zip([0, *ends], ends, strict=False)])
+
+
+@dataclass
+class Trainer:
+    """Trains `module`, which maps inputs to a scalar loss and has before_update and after_update.
+
+    `fetch(step)` runs in a thread and brings a batch to the device; `make_inputs(fetched, step,
+    resolution)` turns it into the module's arguments.  `lr(progress)` is the rate, None leaves it to
+    `plateau`, which looks at the metric `watch` of `evaluate(step)`.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    accelerator: Accelerator
+    folder: Path
+    facts: dict[str, Any]
+    seed: int
+    fetch: Callable[[int], Any]
+    make_inputs: Callable[[Any, int, int], tuple[Any, ...]]
+    lr: Callable[[float], float] | None
+    log_steps: int = 10
+    checkpoint_minutes: float = 10.0
+    evaluate: Callable[[int], dict[str, float]] | None = None
+    evals: int = 0
+    plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
+    watch: str = ""
+    history: list[dict[str, float]] = field(default_factory=list)
+    _stop: int = 0
+
+    def __post_init__(self) -> None:
+        self.module.to(self.accelerator.device)
+        wrapped = self.accelerator.prepare(self.module, self.optimizer)
+        self._wrapped, self._optimizer = wrapped
+        self._losses = torch.zeros(self.log_steps + 1, device=self.accelerator.device)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    def step(self, fetched: Any, step: int, resolution: int, along: float) -> None:
+        """One step: the loss stays on the device, in `_losses`."""
+        # dropout and the like become functions of the step too
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        torch.manual_seed((self.seed * 1_000_003 + step) * ranks + rank)
+        if self.lr is not None:
+            set_lr(self.optimizer, self.lr(along))
+        loss = self._wrapped(*self.make_inputs(fetched, step, resolution))
+        self.accelerator.backward(loss)
+        self.module.before_update(along)  # type: ignore[operator]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.module.after_update(along)  # type: ignore[operator]
+        self._losses[step % self.log_steps] = loss.detach()
+
+    def plan(self, config: Any, images: int, resolutions: list[int]) -> Plan:
+        """The plan of this run, written to plan.json before step 0 and read from there by a resumed run."""
+        file = self.folder / "plan.json"
+        if file.is_file():
+            written = read_json(file, "make pretrain")
+            if written["facts"] == self.facts:
+                return Plan(written["resolutions"], written["steps"])
+        plan = plan_steps(config, images, resolutions, self._seconds)
+        if self.accelerator.is_main_process:
+            self.checkpoint.unlink(missing_ok=True)
+            write_json(file, vars(plan) | {"images": images, "facts": self.facts})
+        self.accelerator.wait_for_everyone()
+        return plan
+
+    def _seconds(self, resolution: int) -> float:
+        """Median time of a step at `resolution`, on the real module, which is then put back."""
+        module = {k: v.clone() for k, v in self.module.state_dict().items()}
+        optimizer = self.optimizer.state_dict()
+        warm, timed = _CALIBRATION
+        times = []
+        for step, fetched in enumerate(prefetch(self.fetch, 0, warm + timed)):
+            began = time.perf_counter()
+            self.step(fetched, step, resolution, 0.0)
+            self._losses.sum().item()  # waits for the device
+            times.append(time.perf_counter() - began)
+        self.module.load_state_dict(module)
+        self.optimizer.load_state_dict(optimizer)
+        median = torch.tensor(statistics.median(times[warm:]), device=self.accelerator.device)
+        seconds = float(self.accelerator.reduce(median, "mean"))
+        say(f"calibration: {1000 * seconds:.0f} ms a step at {resolution} px")
+        return seconds
+
+    def resume(self) -> int:
+        """Load the checkpoint of a run of the same facts; the step to go on from, 0 without one."""
+        if not self.checkpoint.is_file():
+            return 0
+        state = load_torch(self.checkpoint)
+        if json.loads(state["facts"]) != self.facts:
+            say(f"{self.checkpoint} is of another recipe or other data: starting anew")
+            return 0
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(state["plateau"])
+        self.history[:] = state["history"]
+        say(f"going on from step {state['step']:,} ({self.checkpoint})")
+        return int(state["step"])
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step` finished steps; a state with NaN is never written."""
+        if not self.accelerator.is_main_process:
+            return
+        state = self.module.state_dict()
+        floats = [v for v in state.values() if v.is_floating_point()]
+        if not torch.stack(torch._foreach_norm(floats)).isfinite().all():
+            self._fail(step, "a weight is NaN or infinite")
+        plateau = self.plateau.state_dict() if self.plateau is not None else None
+        save_torch(
+            self.checkpoint,
+            {
+                "step": step,
+                "module": state,
+                "optimizer": self.optimizer.state_dict(),
+                "plateau": plateau,
+                "history": self.history,
+                "facts": json.dumps(self.facts),
+            },
+        )
+
+    def _fail(self, step: int, what: str) -> None:
+        last = "there is no checkpoint yet"
+        if self.checkpoint.is_file():
+            last = f"the last good one is step {load_torch(self.checkpoint)['step']} in {self.checkpoint}"
+        raise InputError(
+            f"{what} at step {step}; {last}. A smaller learning rate, a longer warm-up or "
+            f"precision 'no' are the usual cures."
+        )
+
+    def _read_losses(self, begin: int, end: int) -> tuple[float, bool]:
+        """Mean loss of the steps begin … end - 1 over all ranks, and whether any rank was told to stop."""
+        self._losses[-1] = float(self._stop)
+        mean = self.accelerator.reduce(self._losses.clone(), "mean").tolist()
+        losses = [mean[s % self.log_steps] for s in range(begin, end)]
+        for step, loss in zip(range(begin, end), losses, strict=True):
+            if not abs(loss) < float("inf"):
+                self._fail(step, f"the loss is {loss}")
+        return statistics.fmean(losses), mean[-1] > 0
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def note(number: int, frame: Any) -> None:
+            self._stop = number
+
+        try:
+            old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: the caller handles signals
+            old = {}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def fit(self, plan: Plan, what: str, unit_images: int) -> list[dict[str, float]]:
+        """Make the steps of `plan`, from the checkpoint where there is one; the history of the run.
+
+        Ends with SystemExit (128 + signal) after SIGTERM or Ctrl-C, a checkpoint written.
+        """
+        start, total = self.resume(), plan.total
+        marks = {round(total * (k + 1) / self.evals) for k in range(self.evals)}
+        hparams = {"tensorboard": {"purge_step": start}}
+        self.accelerator.init_trackers("tensorboard", init_kwargs=hparams)
+        logged = start
+        saved = tick = time.monotonic()
+        self.module.train()
+        steps = prefetch(self.fetch, start, total)
+        units = "images"
+        with (
+            self._signals(),
+            progress(what, total * unit_images, units, start * unit_images) as advance,
+        ):
+            for step, fetched in enumerate(steps, start):
+                self.step(fetched, step, plan.resolution(step), step / total)
+                done, note = step + 1, ""
+                stop = self._stop and self.accelerator.num_processes == 1
+                if done - logged == self.log_steps or done == total or done in marks or stop:
+                    loss, told = self._read_losses(logged, done)
+                    speed = unit_images * (done - logged) / (time.monotonic() - tick)
+                    rate = self.optimizer.param_groups[0]["lr"]
+                    facts = {"loss": loss, "lr": rate, "images_per_second": speed}
+                    self._log(done, facts)
+                    stop, note, logged = stop or told, f"loss {loss:.3f}", done
+                    tick = time.monotonic()
+                advance(unit_images, note)
+                if done in marks and self.evaluate is not None:
+                    self._evaluate(done)
+                    tick = time.monotonic()
+                late = time.monotonic() - saved > 60 * self.checkpoint_minutes
+                if late or stop or done == total:
+                    self._read_losses(logged, done) if done > logged else None
+                    self.save(done)
+                    saved = tick = time.monotonic()
+                if stop:
+                    steps.close()
+                    say(f"stopped after step {done:,}; the same command goes on from there")
+                    raise SystemExit(128 + (self._stop or signal.SIGTERM))
+        self.accelerator.end_training()
+        return self.history
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self.history.append({"step": step, **values})
+        self.accelerator.log(values, step=step)
+
+    def _evaluate(self, step: int) -> None:
+        assert self.evaluate is not None
+        self.module.eval()
+        values = self.evaluate(step)
+        self.module.train()
+        self._log(step, values)
+        words = ", ".join(f"{k} {v:.2f}" for k, v in values.items())
+        say(f"step {step:,}: {words}")
+        if self.plateau is not None:
+            self.plateau.step(values[self.watch])
+
+
+def channels_last(views: list[Tensor]) -> list[Tensor]:
+    """The memory layout that convolutions are fastest in."""
+    return [v.contiguous(memory_format=torch.channels_last) for v in views]

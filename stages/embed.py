@@ -1,0 +1,61 @@
+"""Embed every split with the pretrained encoder.
+
+python -m stages.embed --recipe recipes/demo.yaml
+Reads runs/ENTRY/pretrain/encoder.safetensors and data/CONTEST/SPLIT.npy; writes runs/ENTRY/embeddings/
+SPLIT.npy, float32 [images, d] of unit length (rows of skipped images are zero).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline import config, runs
+from pipeline.config import Recipe
+from pipeline.encoders import build_encoder
+from pipeline.inference import predict_split
+from pipeline.manifest import load_contest
+from pipeline.checkpoint import load_tensors
+from pipeline.trainer import make_accelerator
+
+
+@dataclass(frozen=True)
+class Options:
+    force: bool = field(
+        default=False, metadata={"help": "Embed anew even where nothing has changed."}
+    )
+
+
+def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
+    """Embed every split, unless the finished embeddings of these weights are there."""
+    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
+    weights = runs.require(entry / "pretrain" / "encoder.safetensors", "make pretrain")
+    inputs = [contest.folder / "contest.json", weights]
+    facts = runs.Run.of(entry / "embeddings", plain, ("data", "evaluate"), inputs)
+    if facts.is_current() and not force:
+        runs.say(f"{facts.folder} is up to date (--force runs it anew)")
+        return
+    facts.begin()
+    accelerator = make_accelerator("auto", facts.folder)
+    tensors, meta = load_tensors(weights)
+    spec = meta["encoder"]
+    encoder = build_encoder(spec["name"], spec["stem"], **spec["options"])
+    encoder.load_state_dict(tensors)
+    encoder.to(accelerator.device)
+    size = recipe.evaluate.resolution or meta["resolution"]
+    for split in contest.splits:
+        file = facts.folder / f"{split}.npy"
+        width, batch = int(encoder.num_features), recipe.evaluate.batch_size  # type: ignore[arg-type]
+        predict_split(encoder, contest, split, file, width, size, batch, unit=True)
+        runs.say(f"{file}: {contest.splits[split]['images']:,} × {encoder.num_features}")
+    facts.finish(resolution=size)
+    runs.say(f"wrote {facts.folder}; next: make evaluate")
+
+
+def main() -> None:
+    recipe, options, plain = config.parse(__doc__, Options)
+    run(recipe, plain, options.force)
+
+
+if __name__ == "__main__":
+    runs.stage(main)

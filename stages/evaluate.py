@@ -1,0 +1,133 @@
+"""Say how good the embeddings are: kNN and linear evaluation, and a picture of neighbors.
+
+python -m stages.evaluate --recipe recipes/demo.yaml
+Reads runs/ENTRY/embeddings/SPLIT.npy and the labels of train and val; writes runs/ENTRY/evaluate/
+{scores.json, neighbours.png, provenance.json}.  Without a labeled val, a fifth of train stands in.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import config, runs
+from pipeline.config import Recipe
+from pipeline.figures import BLUE, GREEN, RED, Tile, image_rows
+from pipeline.manifest import Contest, Manifest, hold_out, load_contest
+from pipeline.metrics import expected_calibration_error, fit_linear, knn_scores, predictions, top_k
+from pipeline.neighbours import search
+
+_ROWS = 10  # of the picture
+
+
+@dataclass(frozen=True)
+class Options:
+    force: bool = field(
+        default=False, metadata={"help": "Evaluate anew even where nothing has changed."}
+    )
+
+
+def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
+    """Evaluate the embeddings, unless that was done; the scores are in scores.json."""
+    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
+    files = {
+        split: runs.require(entry / "embeddings" / f"{split}.npy", "make embed")
+        for split in contest.splits
+    }
+    inputs = [runs.contest_folder(contest.name) / "contest.json", *files.values()]
+    facts = runs.Run.of(entry / "evaluate", plain, ("data", "evaluate"), inputs)
+    if facts.is_current() and not force:
+        runs.say(f"{facts.folder} is up to date (--force runs it anew)")
+        return
+    facts.begin()
+    c, embeddings = recipe.evaluate, {s: np.load(f, mmap_mode="r") for s, f in files.items()}
+    known, asked, what = _split(contest, recipe.seed)
+    x, queries = (embeddings[str(m.split[0])][m.index] for m in (known, asked))
+    similarities, near = search(queries, x, max(c.k))
+    votes, truth = known.label[near], asked.label
+    scores = knn_scores(similarities, votes, truth, contest.classes, c.k, c.temperature)
+    began = time.monotonic()
+    runs.say(f"linear classifier on {len(x):,} embeddings …")
+    weight, bias = fit_linear(x, known.label, contest.classes, c.linear_c)
+    seconds, logits = time.monotonic() - began, queries @ weight.T + bias
+    scores["linear"] = top_k(logits, truth)
+    labels, confidences = predictions(logits)
+    error = expected_calibration_error(confidences, labels == truth)
+    notes = [f"only {len(known):,} labels: k = {k} takes them all" for k in c.k if k > len(known)]
+    if contest.rehearsal and what == "val":
+        notes.append("in a rehearsal val stands for the secret test: choose nothing by it")
+    notes.append(f"linear: {seconds:.0f} s, calibration error {error:.1f} %")
+    _print(scores, f"{len(asked):,} images of {what} by {len(known):,} labels of train", notes)
+    facts_of = {"queries": what, "images": len(asked), "labeled": len(known), "scores": scores}
+    facts_of |= {"calibration_error": error, "linear_seconds": seconds, "notes": notes}
+    runs.write_json(facts.folder / "scores.json", facts_of)
+    _draw(facts.folder / "neighbours.png", contest, embeddings, asked, recipe)
+    facts.finish(scores=scores)
+    runs.say(f"wrote {facts.folder}/scores.json and neighbours.png; next: make finetune")
+
+
+def _split(contest: Contest, seed: int) -> tuple[Manifest, Manifest, str]:
+    """Labeled images to vote and learn from, images to ask about, and what those are."""
+    parts = {s: contest.manifest(s).usable() for s in ("train", "val") if s in contest.splits}
+    parts = {s: part.take(part.label >= 0) for s, part in parts.items()}
+    if len(parts.get("val", ())):
+        return parts["train"], parts["val"], "val"
+    held = hold_out(parts["train"].label, 0.2, seed)
+    return parts["train"].take(~held), parts["train"].take(held), "a held-out fifth of train"
+
+
+def _print(scores: dict[str, dict[int, float]], heading: str, notes: list[str]) -> None:
+    runs.say(f"{heading}\n{'':<20}{'top-1':>8}{'top-3':>8}{'top-5':>8}")
+    for name, values in scores.items():
+        runs.say(f"{name.replace('_', ' '):<20}" + "".join(f"{v:8.2f}" for v in values.values()))
+    for note in notes:
+        runs.say(note)
+
+
+def _draw(
+    path: Path,
+    contest: Contest,
+    embeddings: dict[str, npt.NDArray[np.float32]],
+    asked: Manifest,
+    recipe: Recipe,
+) -> None:
+    """A sample of the queries, each with the nearest images of train and unlabeled."""
+    order = np.random.default_rng(recipe.seed).permutation(len(asked))
+    asked, shown, wide = asked.take(order[:_ROWS]), recipe.evaluate.neighbors, 3
+    names = contest.class_names or [str(k) for k in range(contest.classes)]
+    split = str(asked.split[0])
+    queries, images = embeddings[split][asked.index], contest.packed(split)
+    rows = [
+        [Tile(images[n], names[k], BLUE)] for n, k in zip(asked.index, asked.label, strict=True)
+    ]
+    found: list[list[tuple[float, Tile]]] = [[] for _ in rows]
+    for other in sorted({"train", "unlabeled"} & embeddings.keys()):
+        manifest, pixels = contest.manifest(other).usable(), contest.packed(other)
+        similarities, near = search(queries, embeddings[other][manifest.index], shown + wide)
+        for r, (values, rows_) in enumerate(zip(similarities, near, strict=True)):
+            for value, n in zip(values, rows_, strict=True):
+                index, label = manifest.index[n], manifest.label[n]
+                if (other, index) == (split, asked.index[r]):
+                    continue
+                right = GREEN if label == asked.label[r] else RED
+                known = other == "train" and label >= 0
+                text = f"{names[label]} {value:.2f}" if known else f"{value:.2f}"
+                found[r].append((value, Tile(pixels[index], text, right if known else None)))
+    for row, tiles in zip(rows, found, strict=True):
+        row += [tile for _, tile in sorted(tiles, key=lambda pair: -pair[0])[:shown]]
+    headings = [f"{split}\n{n}.png" for n in asked.index]
+    title = f"Nearest neighbors of {len(rows)} images of {split}"
+    note = "by cosine similarity; labeled neighbors: green of the same class, red of another"
+    image_rows(path, list(zip(headings, rows, strict=True)), title, note)
+
+
+def main() -> None:
+    recipe, options, plain = config.parse(__doc__, Options)
+    run(recipe, plain, options.force)
+
+
+if __name__ == "__main__":
+    runs.stage(main)

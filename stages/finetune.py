@@ -1,0 +1,234 @@
+"""Train a classifier on every label there is: round K, K being the number of label files beyond train.
+
+python -m stages.finetune --recipe recipes/demo.yaml
+Reads the pretrained encoder, data/CONTEST/SPLIT.npy and the label manifests (train.csv, requested-*.csv,
+the newest pseudo-K.csv); writes runs/ENTRY/finetune-K/{classifier.safetensors, logits/SPLIT.npy,
+trained_on.csv, holdout.csv, report.txt, confusion.png, history.json, provenance.json}.
+"""
+
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import classification_report
+from torch import Tensor
+
+from pipeline import InputError, config, runs
+from pipeline.batches import batch_at, slice_of
+from pipeline.checkpoint import load_tensors
+from pipeline.classifiers import Classifier, Supervised, build_head, freeze, probe, save_classifier
+from pipeline.config import Recipe
+from pipeline.distributed import synchronize_batch_norm
+from pipeline.encoders import build_encoder
+from pipeline.figures import confusion
+from pipeline.inference import predict, predict_split
+from pipeline.manifest import (
+    PSEUDO_LABELS,
+    Contest,
+    Manifest,
+    load_contest,
+    training_set,
+    write_manifest,
+)
+from pipeline.metrics import top_k
+from pipeline.optim import build_optimizer, schedule
+from pipeline.outside import load_outside
+from pipeline.trainer import Trainer, make_accelerator
+from pipeline.views import make_views, uniforms
+
+
+@dataclass(frozen=True)
+class Options:
+    force: bool = field(
+        default=False, metadata={"help": "Start anew even where nothing has changed."}
+    )
+
+
+def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
+    """The label files that the recipe names, as they are now."""
+    files: list[Path] = []
+    for name in recipe.finetune.manifests:
+        if name == "requested":
+            files += runs.numbered(contest.folder, "requested")
+        elif name == "pseudo":
+            files += runs.numbered(runs.entry_folder(recipe.entry or "entry"), "pseudo")[-1:]
+        elif name == "train":
+            files.append(runs.require(contest.folder / "train.csv", "make data"))
+        else:
+            files.append(runs.require(Path(name), "a CSV of split,index,label"))
+    return files
+
+
+def _encoder(recipe: Recipe, pretrained: Path | None) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The encoder with the weights to start from, and how it is built."""
+    c, spec = recipe.finetune, asdict(recipe.encoder)
+    torch.manual_seed(recipe.seed)
+    if pretrained is not None:
+        tensors, meta = load_tensors(pretrained)
+        spec = meta["encoder"]
+    encoder = build_encoder(spec["name"], spec["stem"], **spec["options"])
+    if pretrained is not None:
+        encoder.load_state_dict(tensors)
+    elif c.init == "outside":
+        runs.say(f"transfer learning from {c.weights}: a comparison, not allowed in a contest entry")
+        runs.say(load_outside(str(c.weights), encoder))
+    return encoder, spec
+
+
+def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
+    """Fine-tune on the labels that are there now; the folder of the round."""
+    c, contest, name = recipe.finetune, load_contest(recipe.data.contest), recipe.entry or "entry"
+    if c.monitor == "val" and contest.rehearsal:
+        raise InputError(
+            "finetune: monitor is 'val', but in a rehearsal val stands for the secret test; "
+            "'holdout' is expected"
+        )
+    files, entry = _manifests(recipe, contest), runs.entry_folder(name)
+    folder = runs.finetune_folder(name, runs.label_rounds(contest.folder, entry))
+    inputs, pretrained = [contest.folder / "contest.json", *files], None
+    if c.init == "pretrained":
+        pretrained = runs.require(entry / "pretrain" / "encoder.safetensors", "make pretrain")
+        inputs.append(pretrained)
+    facts = runs.Run.of(folder, plain, ("data", "encoder", "finetune"), inputs)
+    if facts.is_current() and not force:
+        runs.say(f"{folder} is up to date (--force runs it anew)")
+        return folder
+    facts.begin()
+    if force:
+        (folder / "plan.json").unlink(missing_ok=True)
+    accelerator = make_accelerator(c.precision, folder)
+    train, held = training_set(files, c.fraction, c.per_class, c.holdout, recipe.seed)
+    runs.say(f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out")
+    encoder, spec = _encoder(recipe, pretrained)
+    size = c.resolution or contest.size[0]
+    classifier = Classifier(encoder, build_head(c.head, int(encoder.num_features), contest.classes))
+    classifier.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if c.probe_first and c.head == "linear" and c.init != "scratch":
+        probe(classifier, contest.pool(train), train.label, size, contest, recipe.evaluate.linear_c)
+    freeze(encoder, c.train, c.blocks)
+    trainer = _trainer(recipe, contest, classifier, accelerator, facts, train, held, size)
+    plan = trainer.plan(c, len(train), [size])
+    history = trainer.fit(plan, "finetune", c.batch_size)
+    final = trainer.module.final()  # type: ignore[operator]
+    head = {"kind": c.head, "features": encoder.num_features, "classes": contest.classes}
+    metadata = {"encoder": spec, "head": head, "mean": contest.mean, "std": contest.std}
+    metadata |= {"resolution": size, "transfer": c.init == "outside"}
+    for split in contest.splits:
+        exact = split != "unlabeled"  # as the organizers compute
+        file, k = folder / "logits" / f"{split}.npy", contest.classes
+        predict_split(final, contest, split, file, k, size, exact=exact)
+    if accelerator.is_main_process:
+        save_classifier(folder / "classifier.safetensors", final, metadata)
+        write_manifest(folder / "trained_on.csv", train, PSEUDO_LABELS)
+        write_manifest(folder / "holdout.csv", held, PSEUDO_LABELS)
+        runs.write_json(folder / "history.json", history)
+        scores = _report(folder, contest, held)
+        facts.finish(round=int(folder.name.split("-")[1]), labels=len(train), **scores)
+        for key, value in scores.items():
+            runs.say(f"{key}: {value}" if value is None else f"{key}: {value:.2f} %")
+    runs.say(f"wrote {folder}; next: make pseudo-label, make label-request or make submit")
+    return folder
+
+
+def _trainer(
+    recipe: Recipe,
+    contest: Contest,
+    classifier: Classifier,
+    accelerator: Any,
+    facts: runs.Run,
+    train: Manifest,
+    held: Manifest,
+    size: int,
+) -> Trainer:
+    c, pool, device = recipe.finetune, contest.pool(train), accelerator.device
+    module = Supervised(classifier, c.label_smoothing, c.ema)
+    synchronize_batch_norm(module.classifier, device)
+    modules = {classifier.encoder: c.backbone_lr if c.init != "scratch" else 1.0, classifier.head: 1.0}
+    optimizer = build_optimizer(c.optimizer, modules, c.batch_size)
+    lr = c.optimizer.scaled_lr(c.batch_size)
+    targets = torch.from_numpy(train.label)
+    mine = slice_of(c.batch_size, accelerator.process_index, accelerator.num_processes)
+
+    def fetch(step: int) -> tuple[Tensor, Tensor]:
+        chosen = batch_at(len(pool), c.batch_size, recipe.seed, step)[mine]
+        images = torch.from_numpy(pool.gather(chosen))
+        return images.to(device, non_blocking=True), targets[chosen].to(device)
+
+    def inputs(fetched: tuple[Tensor, Tensor], step: int, resolution: int) -> tuple[Tensor, Tensor]:
+        u = uniforms(recipe.seed, step, c.batch_size, 1)[:, mine]
+        views = make_views(fetched[0], [c.view], u, resolution, contest.mean, contest.std)
+        return views[0].contiguous(memory_format=torch.channels_last), fetched[1]
+
+    seen = held
+    if c.monitor == "val":
+        seen = contest.manifest("val").usable()
+    evaluate = partial(_evaluate, module, contest, seen, size) if len(seen) else None
+    plateau = None
+    if c.schedule == "plateau":
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=c.patience)
+    along = partial(schedule, warmup=c.optimizer.warmup, final=c.optimizer.final_lr)
+    return Trainer(
+        module,
+        optimizer,
+        accelerator,
+        facts.folder,
+        facts.facts,
+        recipe.seed,
+        fetch,
+        inputs,
+        None if plateau else lambda progress: lr * along(progress),
+        c.log_steps,
+        c.checkpoint_minutes,
+        evaluate,
+        c.evals if evaluate else 0,
+        plateau,
+        "heldout_loss",
+    )
+
+
+def _evaluate(
+    module: Supervised, contest: Contest, seen: Manifest, size: int, step: int
+) -> dict[str, float]:
+    """Loss and top-1 of the classifier so far on the images that are chosen by."""
+    logits = np.empty((len(seen), contest.classes), np.float32)
+    predict(module.final(), contest.pool(seen), size, contest.mean, contest.std, logits, what="held out")
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(seen.label))
+    return {"heldout_loss": float(loss), "heldout_top1": top_k(logits, seen.label, [1])[1]}
+
+
+def _report(folder: Path, contest: Contest, held: Manifest) -> dict[str, float | None]:
+    """Scores on val and on the held-out labels; writes report.txt and confusion.png."""
+    scores: dict[str, float | None] = {"val_top1": None, "val_top5": None, "holdout_top1": None}
+    if len(held):
+        logits = np.load(folder / "logits" / "train.npy", mmap_mode="r")[held.index]
+        scores["holdout_top1"] = top_k(logits, held.label, [1])[1]
+    if "val" not in contest.splits:
+        return scores
+    rows, labels = contest.usable("val"), contest.labels("val")
+    rows = rows[labels[rows] >= 0]
+    logits = np.load(folder / "logits" / "val.npy", mmap_mode="r")[rows]
+    scores |= {f"val_top{k}": v for k, v in top_k(logits, labels[rows], [1, 5]).items()}
+    names = contest.class_names or [str(k) for k in range(contest.classes)]
+    numbers = list(range(contest.classes))
+    predicted = logits.argmax(1)
+    text = classification_report(
+        labels[rows], predicted, labels=numbers, target_names=names, zero_division=0
+    )
+    with runs.replacing(folder / "report.txt") as aside:
+        aside.write_text(text)
+    confusion(folder / "confusion.png", labels[rows], predicted, names)
+    return scores
+
+
+def main() -> None:
+    recipe, options, plain = config.parse(__doc__, Options)
+    run(recipe, plain, options.force)
+
+
+if __name__ == "__main__":
+    runs.stage(main)

@@ -1,0 +1,142 @@
+"""Pretrain an encoder without labels.
+
+python -m stages.pretrain --recipe recipes/demo.yaml
+accelerate launch --num_processes 8 -m stages.pretrain --recipe recipes/simclr_r50.yaml
+
+Reads data_manifests/CONTEST/contest.json and data/CONTEST/SPLIT.npy; writes runs/ENTRY/pretrain/
+{encoder.safetensors, checkpoint.pt, plan.json, history.json, curve.png, tensorboard, provenance.json}.
+Stopped or killed and started again, it goes on from the last checkpoint.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import InputError, config, runs
+from pipeline.batches import batch_at, slice_of
+from pipeline.checkpoint import save_tensors
+from pipeline.config import Recipe
+from pipeline.distributed import synchronize_batch_norm
+from pipeline.encoders import build_encoder
+from pipeline.figures import curve
+from pipeline.inference import predict
+from pipeline.manifest import Contest, choose_labels, load_contest
+from pipeline.metrics import knn_accuracy
+from pipeline.optim import build_optimizer, schedule
+from pipeline.packed import Pool
+from pipeline.trainer import Trainer, channels_last, make_accelerator
+from pipeline.views import make_views, uniforms
+
+
+@dataclass(frozen=True)
+class Options:
+    force: bool = field(
+        default=False, metadata={"help": "Start anew even where nothing has changed."}
+    )
+
+
+def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
+    """Pretrain as `recipe` says, unless its finished result is there."""
+    c, contest = recipe.pretrain, load_contest(recipe.data.contest)
+    folder = runs.entry_folder(recipe.entry or "entry") / "pretrain"
+    facts = runs.Run.of(
+        folder, plain, ("data", "encoder", "pretrain"), [contest.folder / "contest.json"]
+    )
+    if facts.is_current() and not force:
+        runs.say(f"{folder} is up to date (--force runs it anew)")
+        return
+    facts.begin()
+    if force:
+        (folder / "plan.json").unlink(missing_ok=True)
+    accelerator = make_accelerator(c.precision, folder)
+    pool = Pool([(contest.packed(s), contest.usable(s)) for s in c.splits])
+    if len(pool) < c.batch_size:
+        raise InputError(
+            f"pretrain: {len(pool)} images in {', '.join(c.splits)} and a batch_size of {c.batch_size}; "
+            f"a batch no larger than the images is expected"
+        )
+    torch.manual_seed(recipe.seed)
+    encoder = build_encoder(recipe.encoder.name, recipe.encoder.stem, **recipe.encoder.options)
+    method = synchronize_batch_norm(c.method(encoder), accelerator.device)
+    method = method.to(memory_format=torch.channels_last)
+    lr = c.optimizer.scaled_lr(c.batch_size)
+    mine = slice_of(c.batch_size, accelerator.process_index, accelerator.num_processes)
+    count = sum(view.count for view in c.views)
+
+    def fetch(step: int) -> Tensor:
+        images = pool.gather(batch_at(len(pool), c.batch_size, recipe.seed, step)[mine])
+        return torch.from_numpy(images).to(accelerator.device, non_blocking=True)
+
+    def inputs(images: Tensor, step: int, resolution: int) -> tuple[list[Tensor]]:
+        u = uniforms(recipe.seed, step, c.batch_size, count)[:, mine]
+        views = make_views(images, c.views, u, resolution, contest.mean, contest.std)
+        return (channels_last(views),)
+
+    trainer = Trainer(
+        method,
+        build_optimizer(c.optimizer, {method: 1.0}, c.batch_size),
+        accelerator,
+        folder,
+        facts.facts,
+        recipe.seed,
+        fetch,
+        inputs,
+        lambda along: lr * schedule(along, c.optimizer.warmup, c.optimizer.final_lr),
+        c.log_steps,
+        c.checkpoint_minutes,
+        _knn(recipe, contest, encoder) if "train" in contest.splits else None,
+        c.knn_evals,
+    )
+    plan = trainer.plan(c, len(pool), c.resolutions)
+    shares = ", ".join(f"{n:,} at {r} px" for r, n in zip(plan.resolutions, plan.steps, strict=True))
+    runs.say(f"{len(pool):,} images, {plan.total:,} steps of {c.batch_size} ({shares})")
+    history = trainer.fit(plan, "pretrain", c.batch_size)
+    if accelerator.is_main_process:
+        metadata = {
+            "encoder": asdict(recipe.encoder),
+            "mean": contest.mean,
+            "std": contest.std,
+            "resolution": plan.resolutions[-1],
+        }
+        save_tensors(folder / "encoder.safetensors", encoder.state_dict(), metadata)
+        runs.write_json(folder / "history.json", history)
+        curve(folder / "curve.png", history, "pretraining")
+    images = plan.total * c.batch_size
+    facts.finish(steps=plan.total, images_seen=images, knn=_last(history, "knn"))
+    runs.say(f"wrote {folder}/encoder.safetensors after {images:,} images; next: make embed")
+
+
+def _last(history: list[dict[str, float]], key: str) -> float | None:
+    return next((h[key] for h in reversed(history) if key in h), None)
+
+
+def _knn(recipe: Recipe, contest: Contest, encoder: torch.nn.Module) -> Any:
+    """kNN accuracy (k = 20, cosine, majority) of half of some labeled training images on the other half."""
+    c, labels = recipe.pretrain, contest.labels("train")
+    known = contest.usable("train")
+    known = known[labels[known] >= 0]
+    share = min(1.0, c.knn_images / max(len(known), 1))
+    rows = known[choose_labels(labels[known], share, None, recipe.seed)]
+    rows = np.random.default_rng(recipe.seed).permutation(rows)
+    pool, half = Pool([(contest.packed("train"), rows)]), len(rows) // 2
+
+    def evaluate(step: int) -> dict[str, float]:
+        x = np.empty((len(rows), int(encoder.num_features)), np.float32)  # type: ignore[arg-type]
+        predict(encoder, pool, c.resolutions[-1], contest.mean, contest.std, x, what="kNN")
+        y = labels[rows]
+        score = knn_accuracy(x[:half], y[:half], x[half:], y[half:], 20)
+        return {"knn": score}
+
+    return evaluate
+
+
+def main() -> None:
+    recipe, options, plain = config.parse(__doc__, Options)
+    run(recipe, plain, options.force)
+
+
+if __name__ == "__main__":
+    runs.stage(main)
