@@ -58,8 +58,8 @@ finetune: .venv/.installed ## Train a classifier on every label there is (LAUNCH
 submit: .venv/.installed ## Write and check the submission
 	$(VENV) python -m stages.submit $(recipe) $(ARGS)
 
-rehearse: .venv/.installed ## Make a contest of classified images (SOURCE=folder, cifar10, cifar100, stl10, pets)
-	$(VENV) python -m stages.rehearse $(call given,source,SOURCE) $(ARGS)
+rehearse: .venv/.installed ## Make a contest of classified images (SOURCE=folder, cifar10, stl10, … OUT=contests/NAME)
+	$(VENV) python -m stages.rehearse make --source "$(SOURCE)" --out "$(or $(OUT),contests/$(notdir $(SOURCE:/=)))" $(ARGS)
 
 bench: .venv/.installed-bench ## Measure against the peers (NAME=one benchmark)
 	$(VENV) python -m benchmarks $(NAME) $(ARGS)

@@ -26,8 +26,8 @@ def write_request(path: Path, indices: Ints) -> None:
 def read_request(path: Path, images: int) -> Ints:
     """The images [n] that a request asks for, in order; a row is `N.png,`, `N.png` or `N`.
 
-    Raises InputError, naming file and row, where a row is none of these, comes twice or is not below
-    `images`.
+    Raises InputError, naming file and row, where a row is none of these, comes twice or is not
+    below `images`.
     """
     asked: dict[int, int] = {}
     for row, text in _rows(path):
@@ -120,7 +120,7 @@ def _read_csv(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
     if len(missing):
         first = ", ".join(f"{n}.png" for n in missing[:3]) + (", …" if len(missing) > 3 else "")
         raise InputError(
-            f"{path} lacks {len(missing):,} of the {len(indices):,} labels that {request} asks for: "
-            f"{first}"
+            f"{path} lacks {len(missing):,} of the {len(indices):,} labels that {request} asks "
+            f"for: {first}"
         )
     return labels

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def load_torch(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path} is not there; a file that torch.save wrote is expected")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about unusual pickles, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: refused, it holds more than tensors in plain containers and could run a program "
@@ -47,7 +50,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     """
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise InputError(f"{path}: not written, {bad[0]} holds NaN or infinity; lower the learning rate")
+        raise InputError(
+            f"{path}: not written, {bad[0]} holds NaN or infinity; lower the learning rate"
+        )
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with replacing(path) as aside:
         save_file(plain, aside, {"json": json.dumps(metadata)})

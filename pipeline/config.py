@@ -32,7 +32,9 @@ def _one_budget(section: str, config: Any) -> None:
             f"set the others to null"
         )
     if getattr(config, given[0]) <= 0:
-        raise InputError(f"{section}: {given[0]} is {getattr(config, given[0])}; above 0 is expected")
+        raise InputError(
+            f"{section}: {given[0]} is {getattr(config, given[0])}; above 0 is expected"
+        )
 
 
 @dataclass(frozen=True)
@@ -198,11 +200,15 @@ class Finetune:
         if self.init == "outside" and not self.weights:
             raise InputError("finetune: init is 'outside'; weights (a file, or 'timm') is expected")
         if not 0 < self.fraction <= 1:
-            raise InputError(f"finetune: fraction is {self.fraction}; above 0 and up to 1 is expected")
+            raise InputError(
+                f"finetune: fraction is {self.fraction}; above 0 and up to 1 is expected"
+            )
         if not 0 <= self.holdout < 1:
             raise InputError(f"finetune: holdout is {self.holdout}; from 0 to below 1 is expected")
         if self.schedule == "plateau" and not self.holdout and self.monitor == "holdout":
-            raise InputError("finetune: schedule 'plateau' needs a holdout above 0, or monitor 'val'")
+            raise InputError(
+                "finetune: schedule 'plateau' needs a holdout above 0, or monitor 'val'"
+            )
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,8 @@ class Submit:
     """Team name."""
     email_address: str = "team@example.org"
     """Where the organizers write to."""
+    round: int | None = None
+    """K of the finetune-K to submit; null takes the latest."""
     test: str | None = None
     """Unlabeled split to predict for predictions.csv; null takes 'test' where the contest has one."""
 
@@ -275,7 +283,9 @@ def parse(
     if values["entry"] is None:
         recipes = [str(r) for r in config.recipe or []] if config.get("recipe") else []
         values["entry"] = plain["entry"] = Path(recipes[-1]).stem if recipes else "entry"
-    own = options(**{f.name: made[f.name] for f in dataclasses.fields(options)}) if options else None
+    own = (
+        options(**{f.name: made[f.name] for f in dataclasses.fields(options)}) if options else None
+    )
     return Invocation(Recipe(**values), own, plain)
 
 

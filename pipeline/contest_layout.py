@@ -123,7 +123,7 @@ def _read_contest(layout: Layout) -> Layout:
         if len(wrong):
             reason = (
                 f"entry {wrong[0]} is {values[wrong[0]]}, where 0 to {layout.classes - 1} is "
-                f"expected: {layout.classes} different labels are in use ({len(wrong)} such entries)"
+                f"expected: {layout.classes} labels are in use ({len(wrong)} such entries)"
             )
             layout.defects.append(Defect(f"{name}_label_tensor.pt", reason, skippable=False))
         layout.splits[name].labels = values

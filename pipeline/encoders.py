@@ -27,7 +27,9 @@ def build_encoder(name: str, stem: Stem = "imagenet", **options: Any) -> nn.Modu
     path = str(getattr(model, "pretrained_cfg", {}).get("first_conv", ""))
     conv = model.get_submodule(path) if path else None
     if not isinstance(conv, nn.Conv2d) or conv.stride not in ((2, 2), (1, 1)):
-        raise ValueError(f"stem {stem!r} does not fit {name}: its first layer is no strided convolution")
+        raise ValueError(
+            f"stem {stem!r} does not fit {name}: its first layer is no strided convolution"
+        )
     if conv.stride == (1, 1):
         raise ValueError(f"stem {stem!r} does not fit {name}: its first layer has stride 1 already")
     parent, _, leaf = path.rpartition(".")

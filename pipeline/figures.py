@@ -205,13 +205,16 @@ def coverage(
     few, order = len(names) <= _FEW, np.argsort(-predicted, kind="stable")
     axes = _axes(figure, (0.06, 0.25 if few else 0.13, 0.5, 0.55 if few else 0.67), "")
     axes.set_title("unlabeled images of each predicted class", loc="left", color=INK, fontsize=11)
-    x, wide = np.arange(len(names)), 0.8 if few else 1.0
-    axes.bar(x, predicted[order], wide, color=MIST, label=f"predicted, {predicted.sum():,}")
-    axes.bar(x, accepted[order], wide, color=BLUE, label=f"pseudo-labeled, {accepted.sum():,}")
+    for counts, color, what in ((predicted, MIST, "predicted"), (accepted, BLUE, "pseudo-labeled")):
+        label = f"{what}, {counts.sum():,}"
+        if few:
+            axes.bar(range(len(names)), counts[order], 0.8, color=color, label=label)
+        else:
+            axes.stairs(counts[order], fill=True, color=color, label=label)
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
-    axes.set_xlim(-0.6, len(names) - 0.4)
+    axes.set_xlim(*((-0.6, len(names) - 0.4) if few else (0, len(names))))
     if few:
-        axes.set_xticks(x, [_short(names[k]) for k in order], rotation=90)
+        axes.set_xticks(range(len(names)), [_short(names[k]) for k in order], rotation=90)
     else:
         axes.set_xlabel(f"{len(names)} classes, most often predicted first", color=SOFT)
     right = _axes(figure, (0.63, 0.13, 0.34, 0.67), f"{len(correct):,} labeled images it never saw")

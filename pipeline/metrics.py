@@ -91,8 +91,8 @@ def knn_scores(
 ) -> dict[str, dict[int, float]]:
     """Top-1, top-3 and top-5 of weighted and majority votes of the k nearest, for each k of `ks`.
 
-    `similarities` and `votes` [q, max(ks)] are of each query's neighbors, nearest first, `truth` [q]
-    the labels.  Keys are knn_K_weighted and knn_K_majority.
+    `similarities` and `votes` [q, max(ks)] are of each query's neighbors, nearest first, and
+    `truth` [q] the labels.  Keys are knn_K_weighted and knn_K_majority.
     """
     kinds = {"weighted": temperature, "majority": None}
     return {

@@ -8,6 +8,8 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.progress import progress
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
@@ -61,15 +63,20 @@ def kmeans(x: Floats, k: int, iterations: int, seed: int) -> tuple[Floats, Ints]
     means = faiss.Kmeans(
         x.shape[1],
         k,
-        niter=iterations,
+        niter=1,
         seed=seed,
         spherical=True,
         min_points_per_centroid=1,
         max_points_per_centroid=len(x),
         gpu=_gpus(),
     )
-    means.train(x)
-    centers: Floats = np.asarray(means.centroids, np.float32)
+    centers: Floats | None = None
+    with progress(f"k-means, {k:,} clusters", iterations, "iterations") as advance:
+        for _ in range(iterations):
+            means.train(x, init_centroids=centers)
+            centers = np.asarray(means.centroids, np.float32)
+            advance()
+    assert centers is not None
     return centers, search(x, centers, 1)[1][:, 0]
 
 

@@ -47,7 +47,9 @@ class Optimizer:
     def scaled_lr(self, batch: int) -> float:
         """The learning rate at this global batch."""
         factor = batch / self.lr_batch
-        return self.lr * {"constant": 1.0, "linear": factor, "sqrt": math.sqrt(factor)}[self.lr_rule]
+        return (
+            self.lr * {"constant": 1.0, "linear": factor, "sqrt": math.sqrt(factor)}[self.lr_rule]
+        )
 
 
 def schedule(progress: float, warmup: float, final: float = 0.0) -> float:
@@ -114,7 +116,12 @@ def parameter_groups(modules: dict[nn.Module, float], weight_decay: float) -> li
             decay = 0.0 if flat else weight_decay
             if chosen:
                 groups.append(
-                    {"params": chosen, "weight_decay": decay, "adapt": not flat, "lr_factor": factor}
+                    {
+                        "params": chosen,
+                        "weight_decay": decay,
+                        "adapt": not flat,
+                        "lr_factor": factor,
+                    }
                 )
     return groups
 

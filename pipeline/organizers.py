@@ -1,17 +1,27 @@
 """What the organizers do: make a contest, answer a label request, score a submission."""
 
 import json
+import os
+import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from PIL import Image
 
 from pipeline import InputError
+from pipeline.checkpoint import save_torch
+from pipeline.progress import Advance, progress
+from pipeline.sources import Opener, Source
 
 _EVALUATOR = Path(__file__).with_name("evaluator.py")  # never imported: it runs on its own
 Integers = npt.NDArray[np.int64]
@@ -19,6 +29,75 @@ Integers = npt.NDArray[np.int64]
 
 class Refused(InputError):
     """The organizers refuse a request or a submission; the message is theirs."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a contest is."""
+
+    per_class: int = 32
+    val_per_class: int = 50
+    max_unlabeled_per_class: int = 10**9
+    size: int = 96
+
+
+def make_contest(source: Source, out: Path, shape: Shape, seed: int) -> dict[str, int]:
+    """Write a contest to `out` and the labels of its unlabeled images to OUT.oracle.pt, beside it.
+
+    Returns the number of images in each split.  `out` appears when it is complete.  Raises
+    InputError where it exists and is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} is not empty")
+    splits = _draw(source, shape, random.Random(seed))
+    oracle = out.with_name(f"{out.name}.oracle.pt")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with progress("make", sum(map(len, splits.values())), "images") as advance:
+            for name, rows in splits.items():
+                _save_images([opener for opener, _ in rows], aside / name, shape.size, advance)
+                labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+                file = oracle if name == "unlabeled" else aside / f"{name}_label_tensor.pt"
+                save_torch(file, labels)
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return {name: len(rows) for name, rows in splits.items()}
+
+
+def _draw(source: Source, shape: Shape, rng: random.Random) -> dict[str, list[tuple[Opener, int]]]:
+    """Which images make up each split, shuffled, in the organizers' order of draws."""
+    splits: dict[str, list[tuple[Opener, int]]] = {"train": [], "unlabeled": [], "val": []}
+    for label, (train, held) in enumerate(zip(source.train, source.held, strict=True)):
+        ends = shape.per_class, shape.per_class + shape.max_unlabeled_per_class
+        files = list(train)
+        rng.shuffle(files)
+        splits["train"] += [(f, label) for f in files[: ends[0]]]
+        splits["unlabeled"] += [(f, label) for f in files[ends[0] : ends[1]]]
+        files = list(held)
+        rng.shuffle(files)
+        splits["val"] += [(f, label) for f in files[: shape.val_per_class]]
+    for rows in splits.values():
+        rng.shuffle(rows)
+    return splits
+
+
+def _save_images(openers: list[Opener], folder: Path, size: int, advance: Advance) -> None:
+    """Write the images as folder/N.png, on threads: Pillow's coders run side by side."""
+
+    def save(n: int) -> None:
+        image = openers[n]().convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        image.save(folder / f"{n}.png", compress_level=1)
+
+    folder.mkdir(parents=True)
+    executor = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for _ in executor.map(save, range(len(openers))):
+            advance(1)
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
 
 
 def read_request(text: str) -> list[int]:

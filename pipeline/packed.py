@@ -2,13 +2,14 @@
 
 import functools
 import hashlib
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ class Packed(NamedTuple):
     digests: list[str]  # [n] hexadecimal SHA-256 of the files' bytes, "" where none could be read
     reasons: list[str]  # [n] "" or why the file's row was left zero
     histogram: npt.NDArray[np.int64]  # [3, 256] of the pixels of all good images
+    sha256: "hashlib._Hash"  # of the packed array's file
 
 
 @contextmanager
@@ -164,29 +166,37 @@ def pack(
 ) -> Packed:
     """Decode `files` [n] in parallel, each into its row of `out`, an array that `create` made.
 
-    Raises DifferentSizeError at the first image of another size, where `form` does not resize.
+    The rows increase.  Raises DifferentSizeError at the first image of another size, where `form`
+    does not resize.
     """
     start = np.lib.format.open_memmap(out, "r").offset
-    packed = Packed([], [], np.zeros((3, 256), np.int64))
+    packed = Packed([], [], np.zeros((3, 256), np.int64), hashlib.sha256())
     parts = [slice(k, k + _TASK) for k in range(0, len(files), _TASK)]
     task = functools.partial(_pack_part, out=out, start=start, form=form)
-    for part in executor.map(task, [files[p] for p in parts], [rows[p] for p in parts]):
-        packed.digests.extend(part.digests)
-        packed.reasons.extend(part.reasons)
-        packed.histogram[:] += part.histogram
-        advance(len(part.digests))
+    with out.open("rb", buffering=0) as f:
+        found = executor.map(task, [files[p] for p in parts], [rows[p] for p in parts])
+        for part, (digests, reasons, counts) in zip(parts, found, strict=True):
+            packed.digests.extend(digests)
+            packed.reasons.extend(reasons)
+            packed.histogram[:] += counts
+            end = start + (rows[part][-1] + 1) * form.bytes
+            packed.sha256.update(f.read(end - f.tell()))  # while it is in memory
+            advance(len(digests))
+        packed.sha256.update(f.read())
     return packed
 
 
 def _pack_part(
     files: Sequence[str], rows: Sequence[int], out: Path, start: int, form: Form
-) -> Packed:
-    packed = Packed([], [], np.zeros((3, 256), np.int64))
+) -> tuple[list[str], list[str], npt.NDArray[np.int64]]:
+    """Digests, reasons and histogram, as in `Packed`."""
+    digests, reasons, counts = [], [], np.zeros(768, np.int64)
     with out.open("r+b", buffering=0) as f:
         for file, row in zip(files, rows, strict=True):
             data, reason = b"", ""
             try:
-                data = Path(file).read_bytes()
+                with Path(file).open("rb", buffering=0) as source:
+                    data = source.read()
                 image = decode(data, file, form)
             except OSError as error:
                 reason = f"cannot be read ({error.strerror})"
@@ -194,10 +204,10 @@ def _pack_part(
                 reason = str(error)
             else:
                 os.pwrite(f.fileno(), image.tobytes(), start + row * form.bytes)
-                packed.histogram[:] += np.array(image.histogram()).reshape(3, 256)
-            packed.digests.append(hashlib.sha256(data).hexdigest() if data else "")
-            packed.reasons.append(reason)
-    return packed
+                counts += image.histogram()
+            digests.append(hashlib.sha256(data).hexdigest() if data else "")
+            reasons.append(reason)
+    return digests, reasons, counts.reshape(3, 256)
 
 
 def decode(data: bytes, file: str, form: Form) -> Image.Image:
@@ -234,3 +244,38 @@ def to_rgb(image: Image.Image) -> Image.Image:
         wide = np.asarray(image).clip(0, 65_535) >> 8
         image = Image.fromarray(wide.astype(np.uint8))
     return image.convert("RGB")
+
+
+def read_size(file: Path) -> tuple[int, int] | None:
+    """Width and height that an image's header states; None where it is no image."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return image.size
+    except Exception:  # as in `decode`, which will say what is wrong
+        return None
+
+
+def histogram(array: Pixels, rows: Iterable[int]) -> npt.NDArray[np.int64]:
+    """How often each value comes in each channel [3, 256] of some images of a packed array."""
+    counts = np.zeros((3, 256), np.int64)
+    for row in rows:
+        for channel in range(3):
+            counts[channel] += np.bincount(array[row, :, :, channel].ravel(), minlength=256)
+    return counts
+
+
+def mean_std(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel, 0 to 1, by exact integer sums over a histogram [3, 256].
+
+    Raises InputError where it counts no pixel.
+    """
+    mean, std = [], []
+    for channel in counts.tolist():
+        n = sum(channel)
+        if not n:
+            raise InputError("no usable image is left to compute mean and deviation of")
+        total = sum(v * c for v, c in enumerate(channel))
+        squares = sum(v * v * c for v, c in enumerate(channel))
+        mean.append(total / (255 * n))
+        std.append(math.sqrt(n * squares - total * total) / (255 * n))
+    return mean, std

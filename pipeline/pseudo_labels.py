@@ -1,5 +1,7 @@
 """Labels for unlabeled images, from the logits of a classifier."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -57,3 +59,37 @@ class TopFraction(PseudoLabeler):
         wanted = np.ceil(np.round(self.fraction * counts, 6))
         rows = np.sort(order[place < np.repeat(wanted, counts)])
         return rows, labels[rows], confidences[rows]
+
+
+def apply(
+    labeler: PseudoLabeler, logits: Floats, apart: Floats, truth: Ints
+) -> tuple[Ints, Ints, Floats, npt.NDArray[np.bool_]]:
+    """What `labeler` gives the rows of `logits` [n, classes], and how right the same rule is.
+
+    The last of the results [r] tells of the rows of `apart` [a, classes], whose labels are `truth`
+    [a], that the rule takes when they are among the others, whether it labels them correctly.
+    """
+    rows, labels, confidences = labeler(logits)
+    n = len(logits)
+    both, given, _ = labeler(np.concatenate([logits, apart]))
+    tried = both >= n
+    return rows, labels, confidences, given[tried] == truth[both[tried] - n]
+
+
+def summary(predicted: Ints, labels: Ints, right: npt.NDArray[np.bool_], classes: int) -> Any:
+    """Coverage and precision, with its standard error, in percent, and counts per class.
+
+    `predicted` [n] are the classes predicted for all images, `labels` [m] those that were given,
+    and `right` [r] is from `apply`; a precision without images is None.
+    """
+    p = float(right.mean()) if len(right) else None
+    return {
+        "eligible": len(predicted),
+        "labeled": len(labels),
+        "coverage": 100 * len(labels) / max(len(predicted), 1),
+        "precision": None if p is None else 100 * p,
+        "precision_error": None if p is None else 100 * (p * (1 - p) / len(right)) ** 0.5,
+        "precision_images": len(right),
+        "predicted_per_class": np.bincount(predicted, minlength=classes).tolist(),
+        "labeled_per_class": np.bincount(labels, minlength=classes).tolist(),
+    }

@@ -38,7 +38,7 @@ class Strategy:
     """One way to choose; a subclass is found by its name."""
 
     uses_logits = False
-    """Whether it looks at the latest fine-tuning's logits; where not, `Candidates.logits` is None."""
+    """Whether it needs the latest fine-tuning's logits; if not, `Candidates.logits` is None."""
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Request:
         """`budget` different images of `candidates.eligible`, the same for the same seed."""

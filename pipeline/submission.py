@@ -2,25 +2,26 @@
 
 import csv
 import inspect
-import os
+import json
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipeline import InputError, classifiers, encoders, organizers, packed
 from pipeline.checkpoint import load_tensors, save_torch
+from pipeline.classifiers import load_classifier
 from pipeline.config import Submit
+from pipeline.inference import predict_split
 from pipeline.manifest import Contest, Manifest, read_manifest
-from pipeline.runs import write_json
+from pipeline.runs import sha256, write_json
 
 TOLERANCE = 0.1  # points between the submission's score and the fine-tuned model's own
 CARD = "card.json"
-_KEPT = ("submission.py", "model.pth", "predictions.csv")  # in the order of writing; then the card
+FILES = ("submission.py", "model.pth", "predictions.csv")
 
 _PROGRAM = '''\
 """A submission that stands alone: it needs torch, torchvision and timm, and what they need."""
@@ -44,7 +45,7 @@ email_address = {email_address!r}
 {to_rgb}
 
 def get_model() -> nn.Module:
-    """The classifier, randomly initialized: [b, 3, {resolution}, {resolution}] to [b, {classes}]."""
+    """The classifier, randomly initialized; maps [b, 3, h, w] to logits [b, {classes}]."""
     encoder = build_encoder({name!r}, {stem!r}, **{options!r})
     return Classifier(encoder, build_head({kind!r}, {features!r}, {classes!r}))
 
@@ -118,6 +119,8 @@ def check(folder: Path, contest: Contest, logits: Path) -> Check:
     split = "val" if "val" in contest.splits else "train"
     rows = contest.manifest(split).usable()
     rows = rows.take(rows.label >= 0)
+    if not len(rows):
+        raise InputError(f"contest {contest.name}: {split} has no labels to score a submission on")
     predicted = np.load(logits / f"{split}.npy", mmap_mode="r")[rows.index].argmax(1)
     own = 100 * float(np.mean(predicted == rows.label))
     with TemporaryDirectory() as made:
@@ -125,47 +128,84 @@ def check(folder: Path, contest: Contest, logits: Path) -> Check:
         score = float(organizers.score(folder, Path(made), split)["accuracy"])
     if not abs(score - own) <= TOLERANCE:
         raise InputError(
-            f"refused: as the organizers score it, the submission reaches {score:.3f} % on {split} and "
-            f"the fine-tuned model {own:.3f} %; at most {TOLERANCE} point between them is expected: "
-            f"was {logits.parent} made of other images than {contest.root} holds now?"
+            f"refused: as the organizers score it the submission reaches {score:.3f} % on {split}, "
+            f"the fine-tuned model {own:.3f} %, and at most {TOLERANCE} point between them is "
+            f"expected; did {contest.root} change since {logits.parent} was made?"
         )
     return Check(split, len(rows), score, own)
 
 
 def _as_contest(root: Path, source: Path, split: str, rows: Manifest) -> None:
-    """The images of a split in the contest's layout, 0.png …, whatever layout they have at `source`."""
+    """A split in the contest's layout, 0.png …, whatever layout its images have at `source`."""
     (root / split).mkdir()
     for n, file in enumerate(rows.file):
         (root / split / f"{n}.png").symlink_to((source / file).resolve())
     save_torch(root / f"{split}_label_tensor.pt", torch.from_numpy(rows.label))
 
 
-def write_predictions(path: Path, labels: npt.NDArray[np.int64]) -> None:
-    """Write `id,label`, one row for each test image, in order; `labels` [n]."""
-    with path.open("w", newline="") as f:
+def write_predictions(folder: Path, classifier: Path, contest: Contest, split: str) -> int:
+    """Write predictions.csv, `id,label` with a row for each image of `split` in order, in float32.
+
+    An image that cannot be read has a row too, with label 0: no gaps are allowed.  Returns their
+    number.
+    """
+    model, metadata = load_classifier(classifier)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    file, classes = folder / "logits.npy", metadata["head"]["classes"]
+    predict_split(model, contest, split, file, classes, metadata["resolution"], exact=True)
+    labels = np.load(file, mmap_mode="r").argmax(1)
+    with (folder / "predictions.csv").open("w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(("id", "label"))
         writer.writerows(enumerate(labels.tolist()))
+    return len(labels) - len(contest.usable(split))
 
 
 def label_counts(finetune: Path) -> dict[str, int]:
-    """How many labels of which source the classifier was trained on, and how many were held out."""
-    trained = read_manifest(finetune / "trained_on.csv")
-    names = (s if s == "train" else f"{s} ({o})" for s, o in zip(trained.split, trained.source))
+    """How many labels of each split and source were trained on, and how many held out."""
+    labels = read_manifest(finetune / "trained_on.csv")
+    names = map(" ".join, zip(labels.split, labels.source, strict=True))
     held = len(read_manifest(finetune / "holdout.csv"))
-    return {**Counter(map(str, names)), "held out": held}
+    return {**Counter(name.strip() for name in names), "held out": held}
+
+
+def notes(contest: Contest, transfer: bool, chosen_by_val: bool) -> list[str]:
+    """What has to be known to read the score."""
+    said = {
+        "transfer learning from outside weights: not allowed in a contest entry, comparison only": (
+            transfer
+        ),
+        "a rehearsal: val stands for the secret test, nothing was chosen by it": contest.rehearsal,
+        "val was used to choose by: its score flatters": chosen_by_val,
+        "val has no labels: the check was made on train images": "val" not in contest.splits,
+        f"{len(contest.skipped)} unreadable images were left out": bool(contest.skipped),
+    }
+    return [note for note, holds in said.items() if holds]
+
+
+def is_current(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether the folder holds a complete submission with just these facts, its files unchanged."""
+    if not (folder / CARD).is_file():
+        return False
+    card = json.loads((folder / CARD).read_text())
+    files = card.get("files", {})
+    return all(card.get(k) == v for k, v in facts.items()) and all(
+        (folder / name).is_file() and sha256(folder / name) == digest
+        for name, digest in files.items()
+    )
 
 
 def publish(aside: Path, folder: Path, card: dict[str, Any]) -> None:
-    """Move the files of a checked submission from `aside` to `folder`, the card last.
+    """Move the files of a checked submission from `aside` to `folder`, and add the card.
 
     A folder with a card is complete: the old card goes first, the new one comes when all is there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
-    for name in _KEPT:
-        if (aside / name).exists():
-            os.replace(aside / name, folder / name)
+    digests = {name: sha256(aside / name) for name in FILES if (aside / name).exists()}
+    for name in FILES:
+        if name in digests:
+            (aside / name).replace(folder / name)
         else:
             (folder / name).unlink(missing_ok=True)
-    write_json(folder / CARD, card)
+    write_json(folder / CARD, card | {"files": digests})

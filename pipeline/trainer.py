@@ -39,6 +39,11 @@ def make_accelerator(precision: str, folder: Path) -> Accelerator:
     return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=folder)
 
 
+def pixel_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The type of the images that a model is given under the accelerator's precision."""
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many steps are made at which resolution, one after the other."""
@@ -58,7 +63,9 @@ class Plan:
         return self.resolutions[-1]
 
 
-def plan_steps(config: Any, images: int, resolutions: list[int], seconds: Callable[[int], float]) -> Plan:
+def plan_steps(
+    config: Any, images: int, resolutions: list[int], seconds: Callable[[int], float]
+) -> Plan:
     """A budget in epochs, steps or minutes as steps; resolutions share it equally in its own unit.
 
     `config` has the fields epochs, steps, minutes and batch_size; `seconds(resolution)` times one step

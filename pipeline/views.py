@@ -1,10 +1,11 @@
-"""Batched augmentations: two matrices and one color map per image instead of a chain of PIL calls.
+"""Batched augmentations: two matrices and two color maps per image, not a chain of Pillow calls.
 
-Resized crop, flip and blur are separable linear maps, so their product is one matrix for the rows and one
-for the columns of each image.  Brightness, contrast, saturation, hue and grayscale are affine in color, so
-their product, in each image's own random order, is one 3×4 map.  What is approximate against torchvision:
-values are clamped once, at the end, and not after every operation; hue turns the chroma plane of YIQ and
-not the HSV hexagon; the blur is an exact Gaussian where Pillow's is three box filters.
+Resized crop, flip and blur are separable linear maps, so their product is one matrix for the rows and
+one for the columns of each image.  Brightness, contrast, saturation, hue and grayscale are affine in
+color, so two of them, in each image's own random order, are one 3×4 map.  What is approximate against
+torchvision on Pillow images: values are clamped after every second color operation, not after each;
+hue turns color space about the gray axis where torchvision turns the HSV hexagon; the blur is an exact
+Gaussian where Pillow's is three box filters; nothing is rounded to 8 bits in between.
 """
 
 import math
@@ -101,8 +102,8 @@ WHOLE = View(1, crop_p=0, flip_p=0, jitter_p=0, grayscale_p=0, blur_p=0)
 def uniforms(seed: int, step: int, batch: int, views: int) -> Uniforms:
     """Every random number of the views of step `step`, [views, batch, draws] in [0, 1).
 
-    A pure function of (seed, step, view, place in the global batch): a rank, or a micro-batch, takes its
-    slice of the second axis and sees the same augmentations as one process would.
+    A pure function of (seed, step, view, place in the global batch): a rank, or a micro-batch, takes
+    its slice of the second axis and sees the same augmentations as one process would.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
     return rng.random((views, batch, _DRAWS), dtype=np.float32)
@@ -114,9 +115,9 @@ def _between(u: Uniforms, low_high: Range) -> Uniforms:
 
 
 def crop_boxes(view: View, u: Uniforms, height: int, width: int) -> Uniforms:
-    """Crops as [b, 4] rows of (top, left, height, width) in whole pixels, drawn as torchvision draws them.
+    """Crops as [b, 4] rows of (top, left, height, width) in whole pixels, drawn as by torchvision.
 
-    `u` is [b, draws].  Ten tries at (area, aspect ratio); where none fits, the largest central crop.
+    `u` is [b, draws].  Ten tries at area and aspect ratio; where none fits, the largest central crop.
     """
     b = len(u)
     area = height * width * _between(u[:, :_CROP_TRIES], view.crop_scale)
@@ -138,8 +139,9 @@ def crop_boxes(view: View, u: Uniforms, height: int, width: int) -> Uniforms:
 
 
 def _resize_matrices(start: Tensor, length: Tensor, inputs: int, outputs: int) -> Tensor:
-    """Antialiased bilinear resampling of [start, start + length) to `outputs` pixels, [b, outputs, inputs].
+    """Antialiased bilinear resampling of [start, start + length) to `outputs` pixels.
 
+    The result is [b, outputs, inputs].
     Pillow's triangle filter (`ImagingResample`): its support grows with the reduction, and it never
     reads outside the crop.
     """
@@ -155,7 +157,7 @@ def _resize_matrices(start: Tensor, length: Tensor, inputs: int, outputs: int) -
 
 
 def _blur_matrices(sigma: Tensor, size: int) -> Tensor:
-    """Gaussian blur that repeats the edge pixel outside, as [b, size, size]; a sigma of 0 is the identity."""
+    """Gaussian blur that repeats the edge pixel outside, [b, size, size]; sigma 0 is the identity."""
     distance = torch.arange(1 - size, size + 1, device=sigma.device) - 0.5  # of pixel borders
     below = torch.special.ndtr(distance / sigma.clamp_min(1e-3)[:, None])  # [b, 2 * size]
     kernel = below.diff(dim=1)  # weight of the pixel at distance 1 - size … size - 1
@@ -168,45 +170,59 @@ def _blur_matrices(sigma: Tensor, size: int) -> Tensor:
 
 
 def _hue_matrices(turns: Tensor) -> Tensor:
-    """Rotation of the chroma plane of YIQ by `turns`, [b, 3, 3]; luma is kept."""
-    to_yiq = torch.tensor(
-        [_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112)], device=turns.device
-    )
-    cos, sin = torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
-    turn = torch.zeros(len(turns), 3, 3, device=turns.device)
-    turn[:, 0, 0] = 1
-    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cos, sin, -sin, cos
-    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    """Rotation of color space about the gray axis, [b, 3, 3]; a third of a turn makes red green."""
+    angle = 2 * math.pi * turns[:, None, None]
+    mean = torch.full((3, 3), 1 / 3, device=turns.device)
+    eye = torch.eye(3, device=turns.device)
+    cross = (eye.roll(1, 0) - eye.roll(-1, 0)) / math.sqrt(3)
+    return mean + torch.cos(angle) * (eye - mean) + torch.sin(angle) * cross
 
 
-def _color_maps(
-    factors: Tensor, order: Tensor, gray: Tensor, means: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Brightness, contrast, saturation and hue in each image's own order, then grayscale, as one map.
+def _color_steps(factors: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Brightness, contrast, saturation and hue as color matrices, in each image's own order.
 
-    `factors` [b, 4] and `order` [b, 4] (a permutation of 0..3 in each row), `gray` [b] (1 makes gray),
-    `means` [b, 3] the mean color of each image.  Returns matrices [b, 3, 3] and offsets [b, 3].
+    `factors` [b, 4], `order` [b, 4] (a permutation of 0..3 in each row).  Returns the matrices
+    [4, b, 3, 3] and the shares [4, b, 1] of the mean gray that a step adds (contrast turns about it).
     """
     b, device = len(factors), factors.device
     luma, eye = torch.tensor(_LUMA, device=device), torch.eye(3, device=device)
     bright, contrast, saturation, turns = factors.T[:, :, None, None]
     hue = _hue_matrices(turns.view(b))
     maps = [bright * eye, contrast * eye, saturation * eye + (1 - saturation) * luma, hue]
-    steps = torch.stack([m.expand(b, 3, 3) for m in maps], 1)
-    steps = steps.gather(1, order[:, :, None, None].expand(-1, -1, 3, 3))  # in each image's order
-    pivots = torch.where(
-        order == 1, 1 - contrast.view(b, 1), 0
-    )  # contrast turns about the mean gray
-    matrix, offset = eye.expand(b, 3, 3), torch.zeros(b, 3, 1, device=device)
-    for step, pivot in zip(steps.unbind(1), pivots.unbind(1), strict=True):
+    matrices = torch.stack([m.expand(b, 3, 3) for m in maps], 1)
+    matrices = matrices.gather(1, order[:, :, None, None].expand(-1, -1, 3, 3))
+    pivots = torch.where(order == 1, 1 - contrast.view(b, 1), 0)
+    return matrices.transpose(0, 1), pivots.T[:, :, None]
+
+
+def _compose(matrices: Tensor, pivots: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps of `_color_steps` as one affine map of images whose mean color is `means` [b, 3]."""
+    b, device = len(means), means.device
+    luma = torch.tensor(_LUMA, device=device)
+    matrix, offset = (
+        torch.eye(3, device=device).expand(b, 3, 3),
+        torch.zeros(b, 3, 1, device=device),
+    )
+    for step, pivot in zip(matrices, pivots, strict=True):
         mean_gray = luma @ (matrix @ means[:, :, None] + offset)  # [b, 1]
-        matrix, offset = step @ matrix, step @ offset + (pivot[:, None] * mean_gray)[:, :, None]
-    to_gray = gray[:, None, None] * luma + (1 - gray)[:, None, None] * eye
-    return to_gray @ matrix, to_gray @ offset
+        matrix, offset = step @ matrix, step @ offset + (pivot * mean_gray)[:, :, None]
+    return matrix, offset
+
+
+def _recolor(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """The color operations on x [b, 3, n] from 0 to 1, clamped after two of them and at the end."""
+    matrices, pivots = _color_steps(p["factors"], p["order"])
+    luma, eye = torch.tensor(_LUMA, device=x.device), torch.eye(3, device=x.device)
+    matrix, offset = _compose(matrices[:2], pivots[:2], x.mean(2))
+    x = torch.bmm(matrix, x).add_(offset).clamp_(0, 1)
+    matrix, offset = _compose(matrices[2:], pivots[2:], x.mean(2))
+    gray = p["gray"][:, None, None]
+    to_gray = gray * luma + (1 - gray) * eye
+    return torch.bmm(to_gray @ matrix, x).add_(to_gray @ offset).clamp_(0, 1)
 
 
 def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    """Bilinear rotation about the center by `degrees` counter-clockwise, black outside; [b, 3, s, s]."""
+    """Bilinear rotation about the center, counter-clockwise, black outside; [b, 3, s, s]."""
     angle = torch.deg2rad(degrees)
     cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
     theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
@@ -252,7 +268,7 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
 
 
 def _augment(planes: Tensor, view: View, u: Uniforms, size: int, dtype: torch.dtype) -> Tensor:
-    """One view of planes [b, 3, h, w] (0 to 255, of `dtype`) as float32 [b, 3, size, size] from 0 to 1."""
+    """One view of planes [b, 3, h, w] (0 to 255) as float32 [b, 3, size, size] from 0 to 1."""
     device, (b, _, height, width) = planes.device, planes.shape
     host = _parameters(view, u, height, width)
     turned = np.flatnonzero(host["degrees"])  # known on the host: no synchronization
@@ -270,9 +286,7 @@ def _augment(planes: Tensor, view: View, u: Uniforms, size: int, dtype: torch.dt
     if turned.size:
         index = torch.from_numpy(turned).to(device)
         x[index] = _rotate(x[index], p["degrees"][index])
-    x = x.view(b, 3, size * size)
-    matrix, offset = _color_maps(p["factors"], p["order"], p["gray"], x.mean(2) / 255)
-    x = torch.bmm(matrix / 255, x).add_(offset).clamp_(0, 1)
+    x = _recolor(x.view(b, 3, size * size).mul_(1 / 255), p)
     if view.solarize_p:
         inverted = p["solarize"][:, None, None] & (x >= view.solarize_threshold)
         x = torch.where(inverted, 1 - x, x)
@@ -289,10 +303,11 @@ def make_views(
     std: Sequence[float],
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Views of a uint8 batch [b, h, w, 3] as a list of normalized [b, 3, size, size] in `matmul_dtype`.
+    """Views of a uint8 batch [b, h, w, 3] as a list of normalized tensors [b, 3, size, size].
 
-    `u` is [v, b, draws] from `uniforms`, where v is the sum of the counts; `mean` and `std` are of values
-    from 0 to 1.  On a CPU a batch goes through in pieces that stay in the cache.
+    `u` is [v, b, draws] from `uniforms`, where v is the sum of the counts; `mean` and `std` are of
+    values from 0 to 1; `dtype` is that of the products and the result, None takes `matmul_dtype`.
+    On a CPU a batch goes through in pieces that stay in the cache.
     """
     device, b = images.device, len(images)
     dtype = dtype or matmul_dtype(device)

@@ -21,6 +21,7 @@ from pipeline.metrics import expected_calibration_error, fit_linear, knn_scores,
 from pipeline.neighbours import search
 
 _ROWS = 10  # of the picture
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         split: runs.require(entry / "embeddings" / f"{split}.npy", "make embed")
         for split in contest.splits
     }
-    inputs = [runs.contest_folder(contest.name) / "contest.json", *files.values()]
+    inputs = [contest.folder / "contest.json", *files.values()]
     facts = runs.Run.of(entry / "evaluate", plain, ("data", "evaluate"), inputs)
     if facts.is_current() and not force:
         runs.say(f"{facts.folder} is up to date (--force runs it anew)")
@@ -88,40 +89,32 @@ def _print(scores: dict[str, dict[int, float]], heading: str, notes: list[str]) 
 
 
 def _draw(
-    path: Path,
-    contest: Contest,
-    embeddings: dict[str, npt.NDArray[np.float32]],
-    asked: Manifest,
-    recipe: Recipe,
+    path: Path, contest: Contest, embeddings: dict[str, Floats], asked: Manifest, recipe: Recipe
 ) -> None:
     """A sample of the queries, each with the nearest images of train and unlabeled."""
-    order = np.random.default_rng(recipe.seed).permutation(len(asked))
-    asked, shown, wide = asked.take(order[:_ROWS]), recipe.evaluate.neighbors, 3
+    sample = np.random.default_rng(recipe.seed).permutation(len(asked))[:_ROWS]
+    asked, split, shown = asked.take(sample), str(asked.split[0]), recipe.evaluate.neighbors
+    splits = [s for s in ("train", "unlabeled") if s in embeddings]
+    parts = [contest.manifest(s).usable() for s in splits]
+    gallery = Manifest.concatenate(parts)
+    x = np.concatenate([embeddings[s][m.index] for s, m in zip(splits, parts, strict=True)])
+    similarities, near = search(embeddings[split][asked.index], x, shown + 1)
     names = contest.class_names or [str(k) for k in range(contest.classes)]
-    split = str(asked.split[0])
-    queries, images = embeddings[split][asked.index], contest.packed(split)
-    rows = [
-        [Tile(images[n], names[k], BLUE)] for n, k in zip(asked.index, asked.label, strict=True)
-    ]
-    found: list[list[tuple[float, Tile]]] = [[] for _ in rows]
-    for other in sorted({"train", "unlabeled"} & embeddings.keys()):
-        manifest, pixels = contest.manifest(other).usable(), contest.packed(other)
-        similarities, near = search(queries, embeddings[other][manifest.index], shown + wide)
-        for r, (values, rows_) in enumerate(zip(similarities, near, strict=True)):
-            for value, n in zip(values, rows_, strict=True):
-                index, label = manifest.index[n], manifest.label[n]
-                if (other, index) == (split, asked.index[r]):
-                    continue
-                right = GREEN if label == asked.label[r] else RED
-                known = other == "train" and label >= 0
-                text = f"{names[label]} {value:.2f}" if known else f"{value:.2f}"
-                found[r].append((value, Tile(pixels[index], text, right if known else None)))
-    for row, tiles in zip(rows, found, strict=True):
-        row += [tile for _, tile in sorted(tiles, key=lambda pair: -pair[0])[:shown]]
-    headings = [f"{split}\n{n}.png" for n in asked.index]
-    title = f"Nearest neighbors of {len(rows)} images of {split}"
+    pixels = {s: contest.packed(s) for s in {split, *splits}}
+    rows = []
+    for n, label, around, values in zip(asked.index, asked.label, near, similarities, strict=True):
+        tiles = [Tile(pixels[split][n], names[label], BLUE)]
+        for row, value in zip(around, values, strict=True):
+            s, index, its = str(gallery.split[row]), gallery.index[row], gallery.label[row]
+            if (s, index) == (split, n):
+                continue
+            text = f"{names[its]} {value:.2f}" if its >= 0 else f"{value:.2f}"
+            frame = (GREEN if its == label else RED) if its >= 0 else None
+            tiles.append(Tile(pixels[s][index], text, frame))
+        rows.append((f"{split}\n{n}.png", tiles[: shown + 1]))
+    title = f"The nearest images of {' and '.join(splits)} to {len(rows)} images of {split}"
     note = "by cosine similarity; labeled neighbors: green of the same class, red of another"
-    image_rows(path, list(zip(headings, rows, strict=True)), title, note)
+    image_rows(path, rows, title, note)
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from pipeline.manifest import (
 from pipeline.metrics import top_k
 from pipeline.optim import build_optimizer, schedule
 from pipeline.outside import load_outside
-from pipeline.trainer import Trainer, make_accelerator
+from pipeline.trainer import Trainer, make_accelerator, pixel_dtype
 from pipeline.views import make_views, uniforms
 
 
@@ -73,7 +73,9 @@ def _encoder(recipe: Recipe, pretrained: Path | None) -> tuple[torch.nn.Module, 
     if pretrained is not None:
         encoder.load_state_dict(tensors)
     elif c.init == "outside":
-        runs.say(f"transfer learning from {c.weights}: a comparison, not allowed in a contest entry")
+        runs.say(
+            f"transfer learning from {c.weights}: a comparison, not allowed in a contest entry"
+        )
         runs.say(load_outside(str(c.weights), encoder))
     return encoder, spec
 
@@ -101,7 +103,9 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         (folder / "plan.json").unlink(missing_ok=True)
     accelerator = make_accelerator(c.precision, folder)
     train, held = training_set(files, c.fraction, c.per_class, c.holdout, recipe.seed)
-    runs.say(f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out")
+    runs.say(
+        f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out"
+    )
     encoder, spec = _encoder(recipe, pretrained)
     size = c.resolution or contest.size[0]
     classifier = Classifier(encoder, build_head(c.head, int(encoder.num_features), contest.classes))
@@ -146,10 +150,13 @@ def _trainer(
     c, pool, device = recipe.finetune, contest.pool(train), accelerator.device
     module = Supervised(classifier, c.label_smoothing, c.ema)
     synchronize_batch_norm(module.classifier, device)
-    modules = {classifier.encoder: c.backbone_lr if c.init != "scratch" else 1.0, classifier.head: 1.0}
+    modules = {
+        classifier.encoder: c.backbone_lr if c.init != "scratch" else 1.0,
+        classifier.head: 1.0,
+    }
     optimizer = build_optimizer(c.optimizer, modules, c.batch_size)
     lr = c.optimizer.scaled_lr(c.batch_size)
-    targets = torch.from_numpy(train.label)
+    targets, dtype = torch.from_numpy(train.label), pixel_dtype(accelerator)
     mine = slice_of(c.batch_size, accelerator.process_index, accelerator.num_processes)
 
     def fetch(step: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +166,7 @@ def _trainer(
 
     def inputs(fetched: tuple[Tensor, Tensor], step: int, resolution: int) -> tuple[Tensor, Tensor]:
         u = uniforms(recipe.seed, step, c.batch_size, 1)[:, mine]
-        views = make_views(fetched[0], [c.view], u, resolution, contest.mean, contest.std)
+        views = make_views(fetched[0], [c.view], u, resolution, contest.mean, contest.std, dtype)
         return views[0].contiguous(memory_format=torch.channels_last), fetched[1]
 
     seen = held
@@ -196,7 +203,9 @@ def _evaluate(
 ) -> dict[str, float]:
     """Loss and top-1 of the classifier so far on the images that are chosen by."""
     logits = np.empty((len(seen), contest.classes), np.float32)
-    predict(module.final(), contest.pool(seen), size, contest.mean, contest.std, logits, what="held out")
+    predict(
+        module.final(), contest.pool(seen), size, contest.mean, contest.std, logits, what="held out"
+    )
     loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(seen.label))
     return {"heldout_loss": float(loss), "heldout_top1": top_k(logits, seen.label, [1])[1]}
 

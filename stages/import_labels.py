@@ -33,7 +33,7 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
         raise InputError(
             f"{answer} is not there; the organizers' answer to the request is expected"
         )
-    folder, digest = runs.contest_folder(contest.name), runs.sha256(answer)[:16]
+    folder, digest = contest.folder, runs.sha256(answer)[:16]
     earlier = {file: read_manifest(file) for file in runs.numbered(folder, "requested")}
     for file, manifest in earlier.items():
         if len(manifest) and str(manifest.source[0]).endswith(digest):
@@ -47,8 +47,8 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
         both = indices[np.isin(indices, manifest.index[manifest.split == "unlabeled"])]
         if len(both):
             raise InputError(
-                f"{answer}: {len(both):,} of its images, {both[0]}.png first, are labeled in {file}; "
-                f"labels of other images are expected (delete {file} to replace it)"
+                f"{answer}: {len(both):,} of its images, {both[0]}.png first, are labeled in "
+                f"{file}; labels of other images are expected (delete {file} to replace it)"
             )
     number = 1 + max((int(file.stem.split("-")[1]) for file in earlier), default=0)
     out, order = folder / f"requested-{number}.csv", np.argsort(indices)

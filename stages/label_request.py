@@ -1,9 +1,9 @@
 """Choose the unlabeled images to ask the organizers labels for.
 
 python -m stages.label_request --recipe recipes/demo.yaml
-Reads runs/ENTRY/embeddings/{unlabeled,train}.npy and the manifests (for strategies that use them also
-the latest fine-tuning's logits); writes runs/ENTRY/label_request/{request_NN.csv, request.json,
-contact_sheet.png, provenance.json}.
+Reads runs/ENTRY/embeddings/{unlabeled,train}.npy and the manifests (for strategies that need it
+also the logits of the latest finetune-K); writes runs/ENTRY/label_request/{request_NN.csv,
+request.json, contact_sheet.png, provenance.json}.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class Options:
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Ask for `budget` labels, unless that request was made, or answered, before."""
     c, contest = recipe.label_request, load_contest(recipe.data.contest)
-    entry, manifests = runs.entry_folder(recipe.entry or "entry"), runs.contest_folder(contest.name)
+    entry, manifests = runs.entry_folder(recipe.entry or "entry"), contest.folder
     strategy, answered = c.strategy(), runs.numbered(manifests, "requested")
     files = [entry / "embeddings" / f"{split}.npy" for split in ("unlabeled", "train")]
     if strategy.uses_logits:

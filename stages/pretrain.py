@@ -27,7 +27,7 @@ from pipeline.manifest import Contest, choose_labels, load_contest
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
 from pipeline.packed import Pool
-from pipeline.trainer import Trainer, channels_last, make_accelerator
+from pipeline.trainer import Trainer, channels_last, make_accelerator, pixel_dtype
 from pipeline.views import make_views, uniforms
 
 
@@ -64,7 +64,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     method = method.to(memory_format=torch.channels_last)
     lr = c.optimizer.scaled_lr(c.batch_size)
     mine = slice_of(c.batch_size, accelerator.process_index, accelerator.num_processes)
-    count = sum(view.count for view in c.views)
+    count, dtype = sum(view.count for view in c.views), pixel_dtype(accelerator)
 
     def fetch(step: int) -> Tensor:
         images = pool.gather(batch_at(len(pool), c.batch_size, recipe.seed, step)[mine])
@@ -72,7 +72,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
 
     def inputs(images: Tensor, step: int, resolution: int) -> tuple[list[Tensor]]:
         u = uniforms(recipe.seed, step, c.batch_size, count)[:, mine]
-        views = make_views(images, c.views, u, resolution, contest.mean, contest.std)
+        views = make_views(images, c.views, u, resolution, contest.mean, contest.std, dtype)
         return (channels_last(views),)
 
     trainer = Trainer(
@@ -91,7 +91,9 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         c.knn_evals,
     )
     plan = trainer.plan(c, len(pool), c.resolutions)
-    shares = ", ".join(f"{n:,} at {r} px" for r, n in zip(plan.resolutions, plan.steps, strict=True))
+    shares = ", ".join(
+        f"{n:,} at {r} px" for r, n in zip(plan.resolutions, plan.steps, strict=True)
+    )
     runs.say(f"{len(pool):,} images, {plan.total:,} steps of {c.batch_size} ({shares})")
     history = trainer.fit(plan, "pretrain", c.batch_size)
     if accelerator.is_main_process:

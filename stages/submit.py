@@ -10,51 +10,83 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from pipeline import InputError, config, runs, submission
-from pipeline.classifiers import load_classifier
+from pipeline.checkpoint import load_tensors
 from pipeline.config import Recipe
-from pipeline.inference import predict_split
 from pipeline.manifest import Contest, load_contest
 
 
 @dataclass(frozen=True)
 class Options:
-    round: int | None = field(
-        default=None, metadata={"help": "K of the finetune-K to submit; the latest by default."}
-    )
     force: bool = field(
         default=False, metadata={"help": "Write it anew even where nothing has changed."}
     )
 
 
-def run(
-    recipe: Recipe, plain: dict[str, Any], force: bool = False, round_: int | None = None
-) -> Path:
-    """Write, check and publish the submission; its folder.  InputError where the check fails."""
+def _made_with(plain: dict[str, Any], entry: str, tuned: dict[str, Any]) -> dict[str, Any]:
+    """The recipe that the weights were made with, whatever its other sections say by now."""
+    made: dict[str, Any] = plain | tuned["recipe"] | {"pretrain": None}
+    if made["finetune"]["init"] == "pretrained":
+        file = runs.entry_folder(entry) / "pretrain" / "provenance.json"
+        ours = runs.read_json(file, "make pretrain")["recipe"]
+        made |= {"encoder": ours["encoder"], "pretrain": {"seed": ours["seed"]} | ours["pretrain"]}
+    return made
+
+
+def _test_split(recipe: Recipe, contest: Contest) -> str | None:
+    split = recipe.submit.test or ("test" if "test" in contest.splits else None)
+    if split is not None and split not in contest.splits:
+        raise InputError(
+            f"submit: test is {split!r}; one of the contest's splits is expected: "
+            f"{', '.join(contest.splits)}"
+        )
+    return split
+
+
+def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
+    """Write, check and publish the submission; where a check fails the old one is kept."""
     contest, entry = load_contest(recipe.data.contest), recipe.entry or "entry"
-    latest = round_ is None
-    finetune = runs.latest_finetune(entry) if latest else runs.finetune_folder(entry, round_ or 0)
+    k = recipe.submit.round
+    finetune = runs.latest_finetune(entry) if k is None else runs.finetune_folder(entry, k)
     weights = runs.require(finetune / "classifier.safetensors", "make finetune")
-    folder, test = runs.submission_folder(entry), _test_split(recipe, contest)
-    inputs = [contest.file, weights, finetune / "trained_on.csv"]
-    facts = runs.Run.of(folder, _made_with(plain, finetune), _SECTIONS, inputs).facts
+    tuned = runs.read_json(finetune / "provenance.json", "make finetune")
+    made, folder = _made_with(plain, entry, tuned), runs.submission_folder(entry)
+    inputs = [contest.folder / "contest.json", weights, finetune / "trained_on.csv"]
+    sections = [name for name in made if name != "seed"]
+    facts = runs.Run.of(folder, made, sections, inputs).facts
     if submission.is_current(folder, facts) and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
+    test = _test_split(recipe, contest)
     folder.parent.mkdir(exist_ok=True)
-    with TemporaryDirectory(prefix=f".{entry}.", dir=folder.parent) as made:
-        aside = Path(made)
+    with TemporaryDirectory(prefix=f".{entry}.", dir=folder.parent) as temporary:
+        aside = Path(temporary)
         submission.write_program(aside, weights, contest.size, recipe.submit)
-        runs.say("scoring the submission in a fresh process, as the organizers do …")
+        runs.say("scoring the submission in a fresh process, as the organizers do")
         checked = submission.check(aside, contest, finetune / "logits")
-        if test is not None:
-            _predict(aside, weights, contest, test)
-        stated = {"entry": entry, "finetune": str(finetune)} | submission.statement(
-            checked, contest, finetune, recipe.finetune.monitor == "val"
-        )
-        submission.publish(aside, folder, stated | facts | runs.stamp())
+        unread = submission.write_predictions(aside, weights, contest, test) if test else 0
+        transfer = bool(load_tensors(weights)[1]["transfer"])
+        card = {
+            "entry": entry,
+            "val_top1": checked.score if checked.split == "val" else None,
+            "checked": checked._asdict(),
+            "notes": submission.notes(contest, transfer, made["finetune"]["monitor"] == "val"),
+            "transfer": transfer,
+            "rehearsal": contest.rehearsal,
+            "labels": submission.label_counts(finetune),
+            "predictions": {"split": test, "unreadable": unread} if test else None,
+            "finetune": {"folder": str(finetune), "commit": tuned["commit"]} | tuned["results"],
+        }
+        submission.publish(aside, folder, card | facts | runs.stamp())
     runs.say(f"{checked.split} top-1 as the organizers score it: {checked.score:.2f} %")
-    runs.say(f"wrote {folder}; next: send {folder}/submission.py and model.pth to the organizers")
+    runs.say(f"wrote {folder}; next: send its submission.py and model.pth to the organizers")
     return folder
+
+
+def main() -> None:
+    recipe, options, plain = config.parse(__doc__, Options)
+    run(recipe, plain, options.force)
+
+
+if __name__ == "__main__":
+    runs.stage(main)

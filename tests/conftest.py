@@ -6,6 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch and faiss read it
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +80,7 @@ def make_contest_folder(root: Path, images: dict[str, int], size: int = 32) -> P
 @pytest.fixture
 def contest_folder(tmp_path: Path) -> Path:
     """A contest as it is handed out, not prepared: 4 classes of 32×32 shapes, with a test split."""
-    images = {"unlabeled": 64, "train": 32, "val": 40, "test": 12}
+    images = {"unlabeled": 64, "train": 80, "val": 40, "test": 12}
     return make_contest_folder(tmp_path / "given", images)
 
 
@@ -92,3 +95,53 @@ def tiny_contest(contest_folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     recipe, _, plain = config.parse(prepare.__doc__, argv=argv)
     prepare.run(recipe, plain)
     return contest_folder
+
+
+@pytest.fixture(scope="session")
+def real_images() -> np.ndarray:
+    """400 photographs [400, 96, 96, 3] uint8 of mini98; skips where ../shared is absent."""
+    archive = SHARED / "data" / "mini98.tar.gz"
+    if not archive.is_file():
+        pytest.skip(f"no {SHARED.name}/data/mini98.tar.gz beside the project")
+    pictures = []
+    with tarfile.open(archive) as tar:
+        for k, member in enumerate(m for m in tar if m.isfile()):
+            if k % 10 == 0:
+                with Image.open(tar.extractfile(member)) as image:  # type: ignore[arg-type]
+                    pictures.append(np.asarray(image.convert("RGB").resize((96, 96))))
+            if len(pictures) == 400:
+                break
+    return np.stack(pictures)
+
+
+TINY = [
+    "--data.contest=tiny",
+    "--encoder.name=resnet10t",
+    "--pretrain.resolutions=[24]",
+    "--pretrain.knn_images=32",
+    "--finetune.holdout=0.25",
+]
+"""Options that make a stage small enough for the tiny contest."""
+
+
+@pytest.fixture
+def run_stage():  # type: ignore[no-untyped-def]
+    """Run a stage (a module, or Python's arguments) on the tiny contest in a process of its own."""
+
+    def run(module: str | list[str], *options: str, wait: bool = True):  # type: ignore[no-untyped-def]
+        head = ["-m", module] if isinstance(module, str) else module
+        command = [sys.executable, *head, *TINY, *options]
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{command}\n{out}\n{err}"
+        return out
+
+    return run

@@ -1,0 +1,128 @@
+"""From a contest's folder to packed arrays and manifests."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import Data
+from pipeline.contest_layout import Defect, Layout, Split
+from pipeline.duplicates import count_duplicates, first_match
+from pipeline.manifest import Manifest
+from pipeline.packed import Form, Packed, create, decoders, histogram, open_packed, pack, read_size
+from pipeline.progress import progress
+from pipeline.runs import contest_folder, packed_file, sha256
+
+
+def pack_splits(
+    layout: Layout, out: Mapping[str, Path], data: Data
+) -> tuple[Form, dict[str, Packed]]:
+    """Pack every split into the array out[split], in the size asked for or the images' own.
+
+    Files that cannot be used are added to the layout's defects.  Raises InputError where images
+    differ in size and none was asked for.
+    """
+    form = _form(layout, data.size, data.max_pixels)
+    for name, split in layout.splits.items():
+        create(out[name], split.images, form)
+    packed = {}
+    total = sum(len(s.files) for s in layout.splits.values())
+    with decoders(data.workers) as executor, progress("prepare", total, "images") as advance:
+        for name, split in layout.splits.items():
+            files = [str(layout.root / f) for f in split.files]
+            packed[name] = pack(executor, files, split.index, out[name], form, advance)
+            for file, reason in zip(split.files, packed[name].reasons, strict=True):
+                if reason:
+                    layout.defects.append(Defect(file, reason))
+    return form, packed
+
+
+def _form(layout: Layout, size: int | None, max_pixels: int) -> Form:
+    if size is not None:
+        return Form(size, size, None, max_pixels)
+    for split in layout.splits.values():
+        for file in split.files:
+            found = read_size(layout.root / file)
+            if found and found[0] * found[1] <= max_pixels:
+                return Form(found[1], found[0], str(layout.root / file), max_pixels)
+    return Form(1, 1, "", max_pixels)  # no image can be read; packing says why
+
+
+def make_manifests(
+    layout: Layout, packed: Mapping[str, Packed], keep_duplicates: bool
+) -> tuple[dict[str, Manifest], dict[str, Any]]:
+    """The manifest of every split, and how many images are byte-identical.
+
+    Unlabeled images that are also in val or test are excluded, unless they are to be kept.
+    """
+    manifests = {n: _manifest(split, packed[n]) for n, split in layout.splits.items()}
+    good = {n: np.where(m.note == "", m.sha256, b"") for n, m in manifests.items()}
+    found = count_duplicates(good)
+    excluded = 0
+    for held in ("val", "test"):
+        if "unlabeled" in good and held in good and not keep_duplicates:
+            match = first_match(good["unlabeled"], good[held])
+            note, files = manifests["unlabeled"].note, manifests[held].file
+            for k in np.flatnonzero((match >= 0) & (note == "")):
+                note[k] = f"excluded: same bytes as {files[match[k]]}"
+                excluded += 1
+    return manifests, found | {"excluded": excluded}
+
+
+def _manifest(split: Split, packed: Packed) -> Manifest:
+    """All rows of the packed split, in order."""
+    manifest = Manifest.of(split.name, np.arange(split.images), split.labels)
+    manifest.file[split.index] = split.files
+    manifest.sha256[split.index] = packed.digests
+    manifest.note[split.index] = [r and f"skipped: {r}" for r in packed.reasons]
+    for n in split.missing:
+        manifest.file[n], manifest.note[n] = f"{split.name}/{n}.png", "skipped: missing"
+    return manifest
+
+
+def usable_pixels(packed: Packed, manifest: Manifest, array: Path) -> npt.NDArray[np.int64]:
+    """The histogram [3, 256] of the usable images: what packing counted, less what was excluded."""
+    excluded = [k for k, note in enumerate(manifest.note) if note.startswith("excluded")]
+    return packed.histogram - histogram(open_packed(array), excluded)
+
+
+def facts_of(layout: Layout, data: Data) -> dict[str, Any]:
+    """What decides the result of preparing a contest."""
+    root = layout.root
+    return {
+        "root": str(root),
+        "rehearsal": data.rehearsal or root.with_name(root.name + ".oracle.pt").is_file(),
+        "fingerprint": layout.fingerprint,
+        "asked": {
+            "size": data.size,
+            "max_pixels": data.max_pixels,
+            "keep_duplicates": data.keep_duplicates,
+        },
+    }
+
+
+def is_current(contest: str, facts: Mapping[str, Any], skip_bad: bool) -> bool:
+    """Whether the contest was prepared from just these facts, without more skipped than allowed."""
+    folder = contest_folder(contest)
+    if not (folder / "contest.json").is_file():
+        return False
+    done = json.loads((folder / "contest.json").read_text())
+    files = [folder / f"{split}.csv" for split in done["splits"]]
+    files += [packed_file(contest, split) for split in done["splits"]]
+    same = all(done.get(k) == v for k, v in facts.items()) and (skip_bad or not done["skipped"])
+    return same and all(f.is_file() for f in files)
+
+
+def describe(folder: Path, manifest: Manifest, packed: Packed) -> dict[str, Any]:
+    """What contest.json says of a split, whose manifest was written to `folder`."""
+    file = folder / f"{manifest.split[0]}.csv"
+    return {
+        "images": len(manifest),
+        "usable": len(manifest.usable()),
+        "manifest": file.name,
+        "manifest_sha256": sha256(file),
+        "packed_sha256": packed.sha256.hexdigest(),
+    }

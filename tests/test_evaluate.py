@@ -1,0 +1,76 @@
+"""The evaluate stage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from pipeline import InputError
+from stages import evaluate
+from tests.fake_run import (
+    COUNTS,
+    label,
+    start,
+    write_run,
+)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    return tmp_path
+
+
+def scores() -> Any:
+    return json.loads(Path("runs/entry/evaluate/scores.json").read_text())
+
+
+def test_evaluate_prints_and_keeps_the_scores(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(evaluate, "--evaluate.k", "[1, 5, 200]")
+    found, said = scores(), capsys.readouterr().out
+    x, queries = (np.load(f"runs/entry/embeddings/{s}.npy") for s in ("train", "val"))
+    y, truth = ([label(s, k) for k in range(COUNTS[s])] for s in ("train", "val"))
+    for k in (1, 5):
+        peer = KNeighborsClassifier(k, metric="cosine").fit(x, y)
+        expected = 100 * peer.score(queries, truth)
+        assert found["scores"][f"knn_{k}_majority"]["1"] == pytest.approx(
+            expected, abs=100 / 24 + 0.1
+        )
+    names = [f"knn_{k}_{kind}" for k in (1, 5, 200) for kind in ("weighted", "majority")]
+    assert list(found["scores"]) == [*names, "linear"]
+    for values in found["scores"].values():
+        assert values["1"] <= values["3"] <= values["5"] <= 100
+    assert found["scores"]["linear"]["1"] > 60
+    assert (found["queries"], found["images"], found["labeled"]) == ("val", 24, 20)
+    assert "only 20 labels: k = 200 takes them all" in said
+    assert "in a rehearsal val stands for the secret test: choose nothing by it" in said
+    assert "top-1   top-3   top-5" in said
+    with Image.open("runs/entry/evaluate/neighbours.png") as picture:
+        assert picture.width > 1000
+    start(evaluate, "--evaluate.k", "[1, 5, 200]")
+    assert "runs/entry/evaluate is up to date" in capsys.readouterr().out
+
+
+def test_evaluate_without_val_holds_out_a_part_of_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, rehearsal=False, val=False)
+    start(evaluate)
+    found = scores()
+    assert found["queries"] == "a held-out fifth of train"
+    assert (found["images"], found["labeled"]) == (4, 16)
+    assert not any("rehearsal" in note for note in found["notes"])
+
+
+def test_evaluate_needs_embeddings(here: Path) -> None:
+    Path("runs/entry/embeddings/val.npy").unlink()
+    with pytest.raises(InputError, match=r"val\.npy is not there; `make embed` makes it"):
+        start(evaluate)

@@ -1,0 +1,145 @@
+"""The label-request stage: eligible images only, once, in the contest's form."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import InputError, config
+from pipeline.manifest import read_manifest
+from stages import import_labels, label_request
+from tests.fake_run import (
+    IN_VAL,
+    LIKE_TRAIN,
+    SKIPPED,
+    TWINS,
+    label,
+    parsed,
+    start,
+    write_finetune,
+    write_run,
+)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    return tmp_path
+
+
+def ask(*argv: str, **options: Any) -> list[str]:
+    """Run label_request for 8 labels; the rows of its request."""
+    start(label_request, "--label_request.budget", "8", *argv, **options)
+    return Path("runs/entry/label_request/request_00.csv").read_text().splitlines()
+
+
+def answer(path: str, **options: Any) -> Path:
+    return import_labels.run(parsed().recipe, Path(path), **options)
+
+
+@pytest.mark.parametrize("strategy", ["KMeans", "Random"])
+def test_a_request_has_the_contests_form(here: Path, strategy: str) -> None:
+    rows = ask("--label_request.strategy", strategy)
+    indices = [int(row.removesuffix(".png,")) for row in rows]
+    assert rows == [f"{n}.png," for n in indices]
+    assert indices == sorted(set(indices))
+    assert len(indices) == 8
+    folder = here / "runs/entry/label_request"
+    facts = json.loads((folder / "request.json").read_text())
+    digest = hashlib.sha256(np.array(indices, "<i8").tobytes()).hexdigest()
+    assert facts["indices_sha256"] == digest
+    assert facts["strategy"]["class_path"] == f"pipeline.selection.{strategy}"
+    assert (facts["budget"], facts["seed"], facts["file"]) == (8, 0, "request_00.csv")
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.width > 900
+        assert sheet.height > 900
+
+
+@pytest.mark.parametrize("strategy", ["KMeans", "Random"])
+def test_a_request_never_asks_for_what_is_not_eligible(here: Path, strategy: str) -> None:
+    """56 of 60 can be asked for: not skipped, not in val, not like train, one of the twins."""
+    rows = ask("--label_request.strategy", strategy, "--label_request.budget", "56")
+    expected = set(range(60)) - {SKIPPED, IN_VAL, LIKE_TRAIN, TWINS[1]}
+    assert {int(row.removesuffix(".png,")) for row in rows} == expected
+
+
+def test_a_budget_above_what_is_eligible_is_refused(here: Path) -> None:
+    with pytest.raises(InputError, match="budget is 57 and 56 unlabeled images can be asked for"):
+        ask("--label_request.budget", "57")
+    assert not (here / "runs/entry/label_request/request_00.csv").exists()
+    assert not (here / "runs/entry/label_request/provenance.json").exists()
+
+
+def test_a_request_is_made_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ask()
+    file = here / "runs/entry/label_request/request_00.csv"
+    written = file.stat().st_mtime_ns
+    assert ask() == rows
+    assert (
+        "is up to date (--force chooses anew); next: make import-labels" in capsys.readouterr().out
+    )
+    assert file.stat().st_mtime_ns == written
+    assert ask(force=True) == rows  # the same seed
+    assert file.stat().st_mtime_ns != written
+    assert ask("--seed", "1") != rows
+
+
+def test_an_answered_request_is_not_made_again(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ask()
+    torch.save(torch.zeros(8, dtype=torch.int64), "label_00.pt")
+    answer("label_00.pt")
+    assert ask() == rows
+    assert "was answered by data_manifests/small/requested-1.csv" in capsys.readouterr().out
+    others = ask(force=True)
+    assert not set(others) & set(rows)
+
+
+def test_a_strategy_that_needs_logits_gets_the_latest(here: Path) -> None:
+    from pipeline.selection import Random, Request
+
+    seen = []
+
+    class LeastSure(Random):
+        uses_logits = True
+
+        def __call__(self, candidates: Any, budget: int, seed: int) -> Request:
+            seen.append(candidates)
+            order = np.argsort(np.ptp(candidates.logits[candidates.eligible], axis=1))
+            return Request(candidates.eligible[order[:budget]], np.zeros(budget, np.int64))
+
+    recipe, _, plain = config.parse("", argv=["--data.contest", "small"])
+    object.__setattr__(recipe.label_request, "strategy", LeastSure)
+    object.__setattr__(recipe.label_request, "budget", 5)
+    with pytest.raises(InputError, match="holds no finished finetune-K"):
+        label_request.run(recipe, plain)
+    write_finetune(0)
+    latest = write_finetune(2)
+    label_request.run(recipe, plain)
+    np.testing.assert_array_equal(seen[0].logits, np.load(latest / "logits/unlabeled.npy"))
+    assert seen[0].labeled.shape == (20, 8)
+
+
+@pytest.mark.parametrize("strategy", ["KMeans", "Random"])
+def test_the_organizers_accept_the_request(here: Path, shared: Path, strategy: str) -> None:
+    rows = ask("--label_request.strategy", strategy)
+    oracle = torch.tensor([label("unlabeled", k) for k in range(60)])
+    torch.save(oracle, "oracle.pt")
+    program = shared / "contest" / "answer_request.py"
+    request = "runs/entry/label_request/request_00.csv"
+    command = [sys.executable, str(program), request, "oracle.pt", "8", "label_00.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = read_manifest(answer("label_00.pt"))
+    asked = [int(row.removesuffix(".png,")) for row in rows]
+    assert manifest.index.tolist() == sorted(asked)
+    assert manifest.label.tolist() == [label("unlabeled", k) for k in sorted(asked)]

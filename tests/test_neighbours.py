@@ -1,0 +1,154 @@
+"""Search and k-means by faiss, against plain numpy."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.neighbours import kmeans, nearest_distinct, search
+
+
+def unit(n: int, d: int, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((n, d), dtype=np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [1, 7, 60, 200])
+def test_search_is_what_brute_force_finds(k: int) -> None:
+    queries, database = unit(23, 16, 1), unit(60, 16, 2)
+    similarities, indices = search(queries, database, k)
+    everything = queries @ database.T
+    order = np.argsort(-everything, axis=1)[:, :k]
+    assert indices.shape == (23, min(k, 60))
+    np.testing.assert_array_equal(indices, order)
+    np.testing.assert_allclose(similarities, np.take_along_axis(everything, order, 1), atol=1e-6)
+
+
+def test_search_takes_any_layout_and_empty_sides(tmp_path) -> None:
+    queries, database = unit(5, 8, 1), unit(9, 8, 2)
+    np.save(tmp_path / "x.npy", database)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    expected = search(queries, database, 3)[1]
+    np.testing.assert_array_equal(search(np.asfortranarray(queries), mapped, 3)[1], expected)
+    np.testing.assert_array_equal(search(queries.astype(np.float64), database, 3)[1], expected)
+    assert search(queries[:0], database, 3)[1].shape == (0, 3)
+    assert search(queries, database[:0], 3)[1].shape == (5, 0)
+
+
+def test_kmeans_finds_separate_clusters() -> None:
+    truth = np.repeat(np.arange(3), 30)
+    x = unit(3, 32)[truth] + 0.05 * unit(90, 32, 1)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    found = [kmeans(x, 3, 20, seed) for seed in range(10)]
+    centers, assignment = max(found, key=lambda r: float((x * r[0][r[1]]).sum()))
+    pairs = set(zip(truth.tolist(), assignment.tolist(), strict=True))
+    assert len(pairs) == 3  # one center for each cluster
+    np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
+    means = np.stack([x[assignment == k].mean(0) for k in range(3)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    np.testing.assert_allclose(centers, means, atol=1e-4)
+
+
+def test_kmeans_assigns_each_row_to_its_nearest_center() -> None:
+    x = unit(300, 8)
+    centers, assignment = kmeans(x, 40, 10, 0)
+    np.testing.assert_array_equal(assignment, (x @ centers.T).argmax(1))
+
+
+def test_kmeans_uses_every_row() -> None:
+    """600 rows a center: faiss alone would look at 256 of them."""
+    x = np.concatenate([np.tile([[1, 0]], (599, 1)), [[0, 1]]]).astype(np.float32)
+    centers, _ = kmeans(x, 1, 5, 0)
+    np.testing.assert_allclose(centers[0], np.array([599, 1]) / np.hypot(599, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "k"), [(50, 50), (50, 49), (50, 40), (3, 2), (1, 1)])
+def test_kmeans_with_almost_as_many_clusters_as_rows(n: int, k: int) -> None:
+    x = unit(n, 12)
+    centers, _ = kmeans(x, k, 10, 0)
+    assert centers.shape == (k, 12)
+    assert np.isfinite(centers).all()
+    assert len(np.unique(nearest_distinct(centers, x))) == k
+
+
+def test_kmeans_of_equal_rows() -> None:
+    x = np.repeat(unit(5, 12), 20, axis=0)
+    centers, _ = kmeans(x, 40, 10, 0)
+    assert np.isfinite(centers).all()
+    assert len(np.unique(nearest_distinct(centers, x))) == 40
+
+
+@pytest.mark.parametrize("k", [0, 11])
+def test_kmeans_refuses_an_impossible_number_of_clusters(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k-means of 10 rows into {k} clusters; 1 to 10"):
+        kmeans(unit(10, 4), k, 5, 0)
+
+
+_REPEAT = """
+import {first}
+import {second}
+import hashlib, sys
+import numpy as np
+import torch
+from pipeline.neighbours import kmeans
+conv = torch.nn.Conv2d(3, 8, 3)
+x = np.random.default_rng(0).standard_normal((4000, 32), dtype=np.float32)
+x /= np.linalg.norm(x, axis=1, keepdims=True)
+for _ in range(3):  # in turn, each with its own OpenMP threads
+    conv(torch.randn(8, 3, 64, 64)).sum().backward()
+    centers, assignment = kmeans(x, 300, 5, seed=7)
+    print(hashlib.sha256(centers.tobytes() + assignment.tobytes()).hexdigest())
+"""
+
+
+def test_torch_and_faiss_share_a_process_and_threads_change_nothing() -> None:
+    found = set()
+    for first, second, threads in (("torch", "faiss", "2"), ("faiss", "torch", "1")):
+        done = subprocess.run(
+            [sys.executable, "-c", _REPEAT.format(first=first, second=second)],
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        found |= set(done.stdout.split())
+    assert len(found) == 1
+
+
+def test_kmeans_depends_on_the_seed() -> None:
+    x = unit(200, 8)
+    assert not np.array_equal(kmeans(x, 20, 3, 0)[0], kmeans(x, 20, 3, 1)[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40), share=st.floats(0, 1), copies=st.integers(1, 4), seed=st.integers(0, 9)
+)
+def test_nearest_distinct_gives_each_center_a_row_of_its_own(
+    n: int, share: float, copies: int, seed: int
+) -> None:
+    x = np.repeat(unit(n, 3, seed), copies, axis=0)
+    centers = unit(max(1, round(share * len(x))), 3, seed + 100)
+    chosen = nearest_distinct(centers, x)
+    assert len(np.unique(chosen)) == len(centers)
+    assert chosen.min() >= 0
+    assert chosen.max() < len(x)
+    similarities = centers @ x.T
+    got = similarities[np.arange(len(centers)), chosen]
+    best = similarities.max(1)
+    first = int(best.argmax())  # nobody can be nearer to its row than this center
+    assert got[first] == pytest.approx(best[first], abs=1e-6)
+    free = np.setdiff1d(np.arange(len(x)), chosen)
+    if len(free):  # a row left over is no nearer to any center than the row that it has
+        assert (similarities[:, free].max(1) <= got + 1e-6).all()
+
+
+def test_nearest_distinct_refuses_more_centers_than_rows() -> None:
+    with pytest.raises(ValueError, match="4 centers and 3 rows"):
+        nearest_distinct(unit(4, 2), unit(3, 2))

@@ -1,0 +1,193 @@
+"""The pseudo-label stage: its manifest, its audit and its rounds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import InputError, runs
+from pipeline.manifest import read_manifest
+from stages import finetune, pseudo_label
+from tests.fake_run import (
+    CLASSES,
+    IN_VAL,
+    SKIPPED,
+    label,
+    start,
+    write_finetune,
+    write_run,
+)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    return tmp_path
+
+
+def record(number: int = 1) -> Any:
+    return json.loads(Path(f"runs/entry/pseudo-{number}.json").read_text())
+
+
+def test_pseudo_labels_are_a_manifest(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    latest = write_finetune()
+    Path("data_manifests/small/requested-1.csv").write_text(
+        "split,index,label,source\nunlabeled,0,1,x\nunlabeled,50,2,x\n"
+    )
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
+    lines = Path("runs/entry/pseudo-1.csv").read_text().splitlines()
+    assert lines[0] == "split,index,label,confidence,source"
+    manifest = read_manifest(Path("runs/entry/pseudo-1.csv"))
+    expected = sorted(set(range(60)) - {SKIPPED, IN_VAL, 0, 50})
+    assert manifest.index.tolist() == expected  # all that is usable and not labeled
+    logits = np.load(latest / "logits/unlabeled.npy")
+    np.testing.assert_array_equal(manifest.label, logits[expected].argmax(1))
+    assert set(manifest.source) == {str(latest)}
+    found = record()
+    assert (found["eligible"], found["labeled"], found["coverage"]) == (56, 56, 100)
+    held = np.load(latest / "logits/train.npy")[0:20:2]
+    right = held.argmax(1) == [label("train", k) for k in range(0, 20, 2)]
+    assert found["precision"] == pytest.approx(100 * right.mean())
+    assert (found["precision_on"], found["precision_images"]) == ("the held-out labels", 10)
+    assert Path("runs/entry/pseudo-1.png").is_file()
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("100.0 % of 56 unlabeled images labeled; ")
+    assert said[-1] == "wrote runs/entry/pseudo-1.csv, .png and .json; next: make finetune"
+
+
+def test_a_threshold_takes_only_sure_images(here: Path) -> None:
+    latest = write_finetune()
+    options = ("--pseudo_label.strategy", "Threshold", "--pseudo_label.strategy.confidence", "0.97")
+    start(pseudo_label, *options)
+    manifest = read_manifest(Path("runs/entry/pseudo-1.csv"))
+    logits = np.load(latest / "logits/unlabeled.npy").astype(np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    sure = [k for k in range(60) if p[k].max() >= 0.97 and k not in (SKIPPED, IN_VAL)]
+    assert manifest.index.tolist() == sure
+    assert (manifest.confidence >= 0.97).all()
+
+
+def test_no_sure_image_is_a_mistake(here: Path) -> None:
+    write_finetune()
+    options = ("--pseudo_label.strategy", "Threshold", "--pseudo_label.strategy.confidence", "1.0")
+    with pytest.raises(
+        InputError, match="none of 58 images is sure enough; a lower bar is expected"
+    ):
+        start(pseudo_label, *options)
+    assert not list(Path("runs/entry").glob("pseudo-*"))
+
+
+def test_precision_falls_back_on_val_and_says_so(here: Path) -> None:
+    latest = write_finetune(held=False)
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
+    right = np.load(latest / "logits/val.npy").argmax(1) == [label("val", k) for k in range(24)]
+    found = record()
+    assert found["precision_on"] == "val (reported, not chosen by)"
+    assert found["precision"] == pytest.approx(100 * right.mean())
+
+
+def test_val_changes_no_label(here: Path) -> None:
+    """Nothing of a rehearsal is chosen by its val."""
+    latest = write_finetune(held=False)
+    start(pseudo_label)
+    first = Path("runs/entry/pseudo-1.csv").read_bytes()
+    np.save(latest / "logits/val.npy", np.random.default_rng(9).standard_normal((24, CLASSES)))
+    start(pseudo_label, force=True)
+    assert Path("runs/entry/pseudo-1.csv").read_bytes() == first
+
+
+def test_a_contest_without_any_labels_apart_has_no_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path, val=False)
+    write_finetune(held=False)
+    start(pseudo_label)
+    assert record()["precision"] is None
+
+
+def test_the_same_classifier_labels_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_finetune()
+    start(pseudo_label)
+    written = Path("runs/entry/pseudo-1.csv").stat().st_mtime_ns
+    start(pseudo_label)
+    assert (
+        "runs/entry/pseudo-1.csv is up to date (--force makes it anew)" in capsys.readouterr().out
+    )
+    assert Path("runs/entry/pseudo-1.csv").stat().st_mtime_ns == written
+    before = record()["labeled"]
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "0.5")  # another rule replaces it
+    assert record()["labeled"] > before
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "0.5", force=True)
+    write_finetune(1)
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "0.5")
+    files = runs.numbered(Path("runs/entry"), "pseudo")
+    assert [f.name for f in files] == ["pseudo-1.csv", "pseudo-2.csv"]
+    assert record(2)["classifier"] == "runs/entry/finetune-1"
+
+
+def test_without_a_classifier_there_are_no_pseudo_labels(here: Path) -> None:
+    with pytest.raises(InputError, match="holds no finished finetune-K"):
+        start(pseudo_label)
+
+
+@pytest.fixture
+def fine_tuned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """stages.finetune replaced by one that writes logits; the names of the label files it found."""
+    calls: list[str] = []
+
+    def run(recipe: Any, plain: dict[str, Any], force: bool = False) -> Path:
+        files = [f.name for f in runs.numbered(Path("runs/entry"), "pseudo")]
+        calls.append(" ".join(files))
+        return write_finetune(len(files))
+
+    monkeypatch.setattr(finetune, "run", run)
+    return calls
+
+
+def test_rounds_fine_tune_in_between(here: Path, fine_tuned: list[str]) -> None:
+    write_finetune()
+    start(pseudo_label, "--pseudo_label.rounds", "3")
+    assert fine_tuned == ["pseudo-1.csv", "pseudo-1.csv pseudo-2.csv"]
+    assert [record(k)["classifier"][-1] for k in (1, 2, 3)] == ["0", "1", "2"]
+    assert [record(k)["round"] for k in (1, 2, 3)] == [1, 2, 3]
+    start(pseudo_label, "--pseudo_label.rounds", "3")  # nothing left to do
+    assert len(fine_tuned) == 2
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_interrupted_rounds_go_on(
+    here: Path, fine_tuned: list[str], monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    """Stopped in, or right after, the fine-tuning between the rounds 1 and 2 of 2."""
+    write_finetune()
+    whole = finetune.run
+
+    def stopped(*args: Any) -> Path:
+        if finished:
+            whole(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        start(pseudo_label, "--pseudo_label.rounds", "2")
+    monkeypatch.setattr(finetune, "run", whole)
+    start(pseudo_label, "--pseudo_label.rounds", "2")
+    assert len(fine_tuned) == 1
+    assert [record(k)["round"] for k in (1, 2)] == [1, 2]
+    assert not Path("runs/entry/pseudo-3.csv").exists()
+
+
+def test_new_labels_repeat_the_round(here: Path, fine_tuned: list[str]) -> None:
+    write_finetune()
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
+    Path("data_manifests/small/requested-1.csv").write_text(
+        "split,index,label,source\nunlabeled,10,1,x\n"
+    )
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
+    assert 10 not in read_manifest(Path("runs/entry/pseudo-1.csv")).index
+    assert not fine_tuned
+    assert not Path("runs/entry/pseudo-2.csv").exists()

@@ -1,0 +1,249 @@
+"""A submission stands alone, scores what the fine-tuned model scores, and says how it was made."""
+
+import csv
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import InputError, config, runs, submission
+from pipeline.classifiers import Classifier, build_head, probe, save_classifier
+from pipeline.encoders import build_encoder
+from pipeline.inference import predict_split
+from pipeline.manifest import Contest, load_contest, write_manifest
+from pipeline.packed import Form, decode, to_rgb
+from pipeline.views import WHOLE, make_views, uniforms
+from stages import submit
+from tests.conftest import draw
+
+NASTY = "Robert'); \"\"\" {team_id!r} \\ \n#''' Ünïcode"
+ARGV = ["--entry=tried", "--data.contest=tiny", "--finetune.init=scratch"]
+
+
+def parsed(*argv: str) -> tuple[config.Recipe, dict[str, Any]]:
+    recipe, _, plain = config.parse(submit.__doc__, submit.Options, [*ARGV, *argv])
+    return recipe, plain
+
+
+def finetuned(contest: Contest, resolution: int = 32, transfer: bool = False) -> Path:
+    """runs/tried/finetune-0 as the stage leaves it: here a random encoder and a fitted head."""
+    plain = parsed()[1]
+    folder = runs.finetune_folder("tried", 0)
+    spec = {"name": "test_resnet", "stem": "imagenet", "options": {}}
+    torch.manual_seed(0)
+    encoder = build_encoder("test_resnet")
+    classifier = Classifier(encoder, build_head("linear", int(encoder.num_features), 4)).eval()
+    labels = contest.manifest("train").usable()
+    probe(classifier, contest.pool(labels), labels.label, resolution, contest, 10.0)
+    facts = runs.Run.of(folder, plain, ("data", "encoder", "finetune"), [])
+    facts.begin()
+    head = {"kind": "linear", "features": encoder.num_features, "classes": 4}
+    metadata = {"encoder": spec, "head": head, "mean": contest.mean, "std": contest.std}
+    metadata |= {"resolution": resolution, "transfer": transfer}
+    for split in contest.splits:
+        file = folder / "logits" / f"{split}.npy"
+        predict_split(classifier, contest, split, file, 4, resolution, exact=True)
+    save_classifier(folder / "classifier.safetensors", classifier, metadata)
+    write_manifest(folder / "trained_on.csv", labels.take(np.arange(70)))
+    write_manifest(folder / "holdout.csv", labels.take(np.arange(70, 80)))
+    facts.finish(round=0, val_top1=own_accuracy(contest, folder))
+    return folder
+
+
+def own_accuracy(contest: Contest, folder: Path) -> float:
+    predicted = np.load(folder / "logits" / "val.npy").argmax(1)
+    return 100 * float(np.mean(predicted == contest.labels("val")))
+
+
+def load_program(file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("a_submission", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def contest(tiny_contest: Path) -> Contest:
+    return load_contest("tiny")
+
+
+@pytest.fixture
+def instant(contest: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The organizers find the model's own accuracy, without the seconds of a fresh process."""
+    accuracy = own_accuracy(contest, finetuned(contest))
+    monkeypatch.setattr(submission.organizers, "score", lambda *_: {"accuracy": accuracy})
+
+
+@pytest.mark.usefixtures("instant")
+def test_round_trip(contest: Contest) -> None:
+    """Loaded strictly and weights_only, the submission's logits are the classifier's."""
+    finetune = runs.latest_finetune("tried")
+    folder = submit.run(*parsed())
+    program = load_program(folder / "submission.py")
+    model = program.get_model().eval()
+    state = torch.load(folder / "model.pth", weights_only=True)
+    model.load_state_dict(state, strict=True)
+    images = [Image.open(contest.root / "val" / f"{n}.png") for n in range(40)]
+    with torch.no_grad():
+        logits = model(torch.stack([program.eval_transform(image) for image in images]))
+    expected = np.load(finetune / "logits" / "val.npy")
+    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_card_states_the_fresh_process_score_and_how_it_was_made(contest: Contest) -> None:
+    finetune = finetuned(contest)
+    own = own_accuracy(contest, finetune)
+    assert own > 35  # better than guessing among four: the comparison below could fail
+    card = json.loads((submit.run(*parsed()) / "card.json").read_text())
+    assert card["val_top1"] == pytest.approx(own, abs=1e-3)
+    assert card["checked"]["images"] == 40
+    assert card["labels"] == {"train": 70, "held out": 10}
+    assert card["inputs"][str(finetune / "classifier.safetensors")] == runs.sha256(
+        finetune / "classifier.safetensors"
+    )
+    assert (card["recipe"]["data"]["contest"], card["recipe"]["seed"]) == ("tiny", 0)
+    assert (card["transfer"], card["notes"]) == (False, [])
+    assert {"commit", "versions", "command"} <= card.keys()
+
+
+@pytest.mark.usefixtures("instant")
+def test_predictions_are_the_models_labels_in_the_order_of_the_files() -> None:
+    finetune = runs.latest_finetune("tried")
+    folder = submit.run(*parsed())
+    with (folder / "predictions.csv").open() as f:
+        rows = list(csv.reader(f))
+    expected = np.load(finetune / "logits" / "test.npy").argmax(1)
+    assert rows == [["id", "label"], *([str(n), str(k)] for n, k in enumerate(expected))]
+    assert len(set(expected.tolist())) > 1
+
+
+def test_the_organizers_accept_it_and_print_the_cards_figure(
+    contest: Contest, shared: Path
+) -> None:
+    finetuned(contest, resolution=48)
+    folder = submit.run(*parsed())
+    command = [sys.executable, str(shared / "contest" / "evaluate.py"), str(folder)]
+    command.append(str(contest.root))
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    printed = re.search(r"Accuracy: ([\d.]+)%", done.stdout)
+    assert printed is not None
+    card = json.loads((folder / "card.json").read_text())
+    assert printed[1] == f"{card['val_top1']:.2f}"
+    assert card["val_top1"] == json.loads(done.stdout.splitlines()[-1])["accuracy"]
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_mismatch_is_refused_and_the_old_submission_kept() -> None:
+    finetune = runs.latest_finetune("tried")
+    folder = submit.run(*parsed())
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    file = finetune / "logits" / "val.npy"
+    np.save(file, np.roll(np.load(file), 1, axis=1))  # the model's own figure is another now
+    with pytest.raises(InputError, match=r"refused: as the organizers score it .* on val"):
+        submit.run(*parsed(), force=True)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert list(Path("submissions").iterdir()) == [folder]
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_first_mismatch_leaves_nothing() -> None:
+    file = runs.latest_finetune("tried") / "logits" / "val.npy"
+    np.save(file, np.roll(np.load(file), 1, axis=1))
+    with pytest.raises(InputError, match="refused"):
+        submit.run(*parsed())
+    assert not any(Path("submissions").iterdir())
+
+
+@pytest.mark.usefixtures("instant")
+def test_nothing_is_done_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = submit.run(*parsed())
+    written = (folder / "card.json").stat().st_mtime_ns
+    submit.run(*parsed())
+    assert "is up to date" in capsys.readouterr().out
+    assert (folder / "card.json").stat().st_mtime_ns == written
+    (folder / "model.pth").unlink()  # as in a fresh clone
+    submit.run(*parsed())
+    assert (folder / "model.pth").is_file()
+    submit.run(*parsed("--submit.team_name=another"))
+    assert load_program(folder / "submission.py").team_name == "another"
+
+
+def test_a_nasty_team_name_is_only_a_name(contest: Contest, tmp_path: Path) -> None:
+    finetune = finetuned(contest)
+    team = config.Submit(team_id=7, team_name=NASTY, email_address="o'neil@example.org")
+    submission.write_program(tmp_path, finetune / "classifier.safetensors", contest.size, team)
+    program = load_program(tmp_path / "submission.py")
+    assert (program.team_id, program.team_name) == (7, NASTY)
+    assert program.email_address == "o'neil@example.org"
+    submission.check(tmp_path, contest, finetune / "logits")
+
+
+MEAN, STD = [0.4, 0.5, 0.3], [0.2, 0.3, 0.25]
+
+
+def transform(folder: Path, resolution: int, image: Image.Image) -> torch.Tensor:
+    """What the submission of a classifier of 32×32 images makes of an image."""
+    encoder = {"name": "test_resnet", "stem": "imagenet", "options": {}}
+    head = {"kind": "mlp", "features": 96, "classes": 4}
+    metadata = {"encoder": encoder, "head": head, "resolution": resolution}
+    text = submission.program(metadata | {"mean": MEAN, "std": STD}, (32, 32), config.Submit())
+    (folder / "submission.py").write_text(text, encoding="utf-8")
+    return load_program(folder / "submission.py").eval_transform(image)
+
+
+def pipelines(image: Image.Image, resolution: int) -> torch.Tensor:
+    """What the pipeline makes of the image, packed."""
+    pixels = torch.from_numpy(np.array(image))[None]
+    u = uniforms(0, 0, 1, 1)
+    return make_views(pixels, [WHOLE], u, resolution, MEAN, STD, torch.float32)[0][0]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "I;16"])
+@pytest.mark.parametrize("resolution", [24, 32, 48])
+def test_eval_transform_is_the_pipelines_preprocessing(
+    mode: str, resolution: int, tmp_path: Path
+) -> None:
+    image = draw("disk", np.random.default_rng(0))
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    ours = transform(tmp_path, resolution, image)
+    assert ours.std() > 0.2
+    torch.testing.assert_close(ours, pipelines(to_rgb(image), resolution), rtol=0, atol=2e-4)
+
+
+def test_eval_transform_of_another_size_is_what_packing_makes_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "large.png"
+    draw("cross", np.random.default_rng(0), 75).crop((0, 0, 75, 51)).save(file)
+    packed = decode(file.read_bytes(), str(file), Form(32, 32, None, 10**6))
+    ours = transform(tmp_path, 24, Image.open(file))
+    torch.testing.assert_close(ours, pipelines(packed, 24), rtol=0, atol=2e-4)
+
+
+@pytest.mark.usefixtures("instant")
+def test_transfer_is_marked_as_such(contest: Contest) -> None:
+    finetuned(contest, transfer=True)
+    card = json.loads((submit.run(*parsed()) / "card.json").read_text())
+    assert card["transfer"] is True
+    assert "not allowed in a contest entry, comparison only" in card["notes"][0]
+
+
+def test_what_is_missing_is_named(contest: Contest) -> None:
+    with pytest.raises(InputError, match="make finetune"):
+        submit.run(*parsed())
+    finetuned(contest)
+    with pytest.raises(InputError, match="test is 'secret'; one of the contest's splits"):
+        submit.run(*parsed("--submit.test=secret"))
+    with pytest.raises(InputError, match=r"finetune-3/classifier.safetensors is not there"):
+        submit.run(*parsed("--submit.round=3"))
