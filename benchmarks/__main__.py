@@ -1,7 +1,7 @@
 """Run every benchmark of this folder, or those that are named, each in a process of its own.
 
 python -m benchmarks [NAME …] [--arguments of theirs]
-Each measures both sides in one run and ends with one line of JSON; the lines stand together at the end.
+Each measures both sides in one run and ends with one line of JSON; these come again at the end.
 """
 
 import json
@@ -19,7 +19,7 @@ def found() -> list[str]:
 
 
 def measure(name: str, arguments: list[str]) -> str | None:
-    """The last line that the benchmark printed, its output passed on as it comes; None where it failed."""
+    """The last line that the benchmark printed, all passed on as it comes; None if it failed."""
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=FOLDER.parent) as program:
         last = ""

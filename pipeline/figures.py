@@ -61,7 +61,11 @@ def image_rows(
                 draw.rounded_rectangle(box, _FRAME, tile.frame)
             sheet.paste(_fitted(tile.image), (x, y))
             draw.text(
-                (x + _TILE / 2, y + _TILE + 13), tile.caption, tile.frame or SOFT, small, "mm"
+                (x + _TILE / 2, y + _TILE + 13),
+                _short(tile.caption),
+                tile.frame or SOFT,
+                small,
+                "mm",
             )
     with replacing(path) as aside:
         sheet.save(aside, "PNG")

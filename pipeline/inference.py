@@ -1,6 +1,7 @@
 """Outputs of a model over packed images, in bounded memory, on every process."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,37 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pipeline import InputError
 from pipeline.batches import prefetch, slice_of
 from pipeline.distributed import barrier, rank, world_size
 from pipeline.manifest import Contest
 from pipeline.packed import Pool
 from pipeline.progress import progress
 from pipeline.views import WHOLE, make_views, matmul_dtype, uniforms
+
+
+@torch.no_grad()
+def check_size(encoder: nn.Module, size: int) -> None:
+    """Raise InputError where the encoder cannot take, or wastes, images of `size` pixels."""
+    was, device = encoder.training, next(encoder.parameters()).device
+    encoder.eval()
+    try:
+        encoder(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"the encoder cannot take images of {size} pixels ({error}); another resolution, or "
+            f"encoder.options as {{img_size: {size}}}, is expected"
+        ) from None
+    with suppress(RuntimeError, AssertionError):  # a transformer takes no other size
+        # With 1×1 maps before the last stage nothing is learned, and torch's bf16 convolutions on
+        # a CPU return garbage gradients for them.
+        twice = torch.zeros(1, 3, 2 * size, 2 * size, device=device)
+        if encoder.forward_features(twice).shape[2:] == (1, 1):  # type: ignore[operator]
+            raise InputError(
+                f"images of {size} pixels are too small for this encoder: nothing is left of them "
+                f"before its last stage; stem low_stride or cifar, or a larger resolution, is expected"
+            )
+    encoder.train(was)
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.neighbours import search
+from pipeline.progress import progress
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _CELLS = 1 << 22  # numbers in a chunk: some tens of MB of temporaries
+_STRETCH = 25  # iterations of the linear classifier between two reports
 
 
 def _chunks(rows: int, width: int) -> Iterator[slice]:
@@ -119,10 +121,19 @@ def fit_linear(
         bias = np.full(classes, -20, np.float32)
         bias[seen] = 0
         return weight, bias
-    model = LogisticRegression(C=c, max_iter=iterations, tol=1e-3)
-    with warnings.catch_warnings():  # stopped early it is good enough, and usually better
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        model.fit(np.asarray(x, np.float32), labels)
+    # The tolerance is of the mean loss's gradient, which shrinks with the number of classes.
+    model = LogisticRegression(C=c, max_iter=_STRETCH, tol=1e-6, warm_start=True)
+    x = np.asarray(x, np.float32)
+    with (
+        warnings.catch_warnings(),
+        progress("linear classifier", iterations, "iterations") as advance,
+    ):
+        warnings.simplefilter("ignore", ConvergenceWarning)  # stopped early it is good enough
+        for _ in range(0, iterations, _STRETCH):
+            model.fit(x, labels)
+            advance(int(model.n_iter_[0]))
+            if model.n_iter_[0] < _STRETCH:
+                break
     w, b = model.coef_, model.intercept_
     if len(seen) == 2:  # scikit-learn keeps the difference only
         w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2

@@ -64,7 +64,7 @@ def kmeans(x: Floats, k: int, iterations: int, seed: int) -> tuple[Floats, Ints]
         x.shape[1],
         k,
         niter=1,
-        seed=seed,
+        seed=seed % (1 << 31),  # a C int
         spherical=True,
         min_points_per_centroid=1,
         max_points_per_centroid=len(x),

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from pipeline import InputError
 from pipeline.neighbours import kmeans, nearest_distinct
 
-_COARSE = 50  # groups that a strategy without clusters of its own is shown in
+_COARSE = 20  # groups that a strategy without clusters of its own is shown in
 
 
 @dataclass(frozen=True)

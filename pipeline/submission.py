@@ -57,10 +57,11 @@ def eval_transform(image: Image.Image) -> Tensor:
         image = image.resize(({width}, {height}), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     if x.shape[1:] != ({resolution}, {resolution}):
-        x = F.interpolate(
-            x[None], ({resolution}, {resolution}), mode="bilinear", antialias=True
-        )[0]
-    return (x - torch.tensor({mean!r}).view(3, 1, 1)) / torch.tensor({std!r}).view(3, 1, 1)
+        size = ({resolution}, {resolution})
+        x = F.interpolate(x[None], size, mode="bilinear", antialias=True)[0]
+    mean = torch.tensor({mean!r})
+    std = torch.tensor({std!r})
+    return (x - mean[:, None, None]) / std[:, None, None]
 '''
 
 

@@ -105,6 +105,7 @@ class Trainer:
     watch: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
     _stop: int = 0
+    _logged: int = 0
 
     def __post_init__(self) -> None:
         self.module.to(self.accelerator.device)
@@ -175,7 +176,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.plateau is not None:
             self.plateau.load_state_dict(state["plateau"])
-        self.history[:] = state["history"]
+        self.history[:], self._logged = state["history"], int(state["logged"])
+        self._losses.copy_(state["losses"])
         say(f"going on from step {state['step']:,} ({self.checkpoint})")
         return int(state["step"])
 
@@ -196,6 +198,8 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "plateau": plateau,
                 "history": self.history,
+                "losses": self._losses,
+                "logged": self._logged,
                 "facts": json.dumps(self.facts),
             },
         )
@@ -209,8 +213,9 @@ class Trainer:
             f"precision 'no' are the usual cures."
         )
 
-    def _read_losses(self, begin: int, end: int) -> tuple[float, bool]:
-        """Mean loss of the steps begin … end - 1 over all ranks, and whether any rank was told to stop."""
+    def _read_losses(self, end: int) -> tuple[float, bool]:
+        """Mean loss since the last log line over all ranks, and whether a rank was told to stop."""
+        begin = self._logged
         self._losses[-1] = float(self._stop)
         mean = self.accelerator.reduce(self._losses.clone(), "mean").tolist()
         losses = [mean[s % self.log_steps] for s in range(begin, end)]
@@ -243,7 +248,6 @@ class Trainer:
         marks = {round(total * (k + 1) / self.evals) for k in range(self.evals)}
         hparams = {"tensorboard": {"purge_step": start}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=hparams)
-        logged = start
         saved = tick = time.monotonic()
         self.module.train()
         steps = prefetch(self.fetch, start, total)
@@ -256,13 +260,12 @@ class Trainer:
                 self.step(fetched, step, plan.resolution(step), step / total)
                 done, note = step + 1, ""
                 stop = self._stop and self.accelerator.num_processes == 1
-                if done - logged == self.log_steps or done == total or done in marks or stop:
-                    loss, told = self._read_losses(logged, done)
-                    speed = unit_images * (done - logged) / (time.monotonic() - tick)
+                if done % self.log_steps == 0 or done == total or done in marks:
+                    loss, told = self._read_losses(done)
+                    speed = unit_images * (done - self._logged) / (time.monotonic() - tick)
                     rate = self.optimizer.param_groups[0]["lr"]
-                    facts = {"loss": loss, "lr": rate, "images_per_second": speed}
-                    self._log(done, facts)
-                    stop, note, logged = stop or told, f"loss {loss:.3f}", done
+                    self._log(done, {"loss": loss, "lr": rate, "images_per_second": speed})
+                    stop, note, self._logged = stop or told, f"loss {loss:.3f}", done
                     tick = time.monotonic()
                 advance(unit_images, note)
                 if done in marks and self.evaluate is not None:
@@ -270,7 +273,8 @@ class Trainer:
                     tick = time.monotonic()
                 late = time.monotonic() - saved > 60 * self.checkpoint_minutes
                 if late or stop or done == total:
-                    self._read_losses(logged, done) if done > logged else None
+                    if done > self._logged:
+                        self._read_losses(done)  # no NaN is saved
                     self.save(done)
                     saved = tick = time.monotonic()
                 if stop:

@@ -51,7 +51,6 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     votes, truth = known.label[near], asked.label
     scores = knn_scores(similarities, votes, truth, contest.classes, c.k, c.temperature)
     began = time.monotonic()
-    runs.say(f"linear classifier on {len(x):,} embeddings …")
     weight, bias = fit_linear(x, known.label, contest.classes, c.linear_c)
     seconds, logits = time.monotonic() - began, queries @ weight.T + bias
     scores["linear"] = top_k(logits, truth)

@@ -24,7 +24,7 @@ from pipeline.config import Recipe
 from pipeline.distributed import synchronize_batch_norm
 from pipeline.encoders import build_encoder
 from pipeline.figures import confusion
-from pipeline.inference import predict, predict_split
+from pipeline.inference import check_size, predict, predict_split
 from pipeline.manifest import (
     PSEUDO_LABELS,
     Contest,
@@ -108,6 +108,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     )
     encoder, spec = _encoder(recipe, pretrained)
     size = c.resolution or contest.size[0]
+    check_size(encoder, size)
     classifier = Classifier(encoder, build_head(c.head, int(encoder.num_features), contest.classes))
     classifier.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if c.probe_first and c.head == "linear" and c.init != "scratch":

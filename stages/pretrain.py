@@ -22,7 +22,7 @@ from pipeline.config import Recipe
 from pipeline.distributed import synchronize_batch_norm
 from pipeline.encoders import build_encoder
 from pipeline.figures import curve
-from pipeline.inference import predict
+from pipeline.inference import check_size, predict
 from pipeline.manifest import Contest, choose_labels, load_contest
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
@@ -60,6 +60,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         )
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe.encoder.name, recipe.encoder.stem, **recipe.encoder.options)
+    for size in c.resolutions:
+        check_size(encoder, size)
     method = synchronize_batch_norm(c.method(encoder), accelerator.device)
     method = method.to(memory_format=torch.channels_last)
     lr = c.optimizer.scaled_lr(c.batch_size)

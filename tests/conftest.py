@@ -117,7 +117,7 @@ def real_images() -> np.ndarray:
 TINY = [
     "--data.contest=tiny",
     "--encoder.name=resnet10t",
-    "--pretrain.resolutions=[24]",
+    "--pretrain.resolutions=[32]",
     "--pretrain.knn_images=32",
     "--finetune.holdout=0.25",
 ]

@@ -116,6 +116,12 @@ def test_the_audit_predicts_the_true_precision() -> None:
     assert sum(found["predicted_per_class"]) == found["eligible"] == 4000
 
 
+def test_a_few_right_images_are_no_certainty() -> None:
+    found = summary(np.zeros(9, np.int64), np.zeros(9, np.int64), np.ones(8, np.bool_), 1)
+    assert found["precision"] == 100
+    assert found["precision_error"] == pytest.approx(100 * (10 / 12 * 2 / 12 / 12) ** 0.5)
+
+
 def test_a_precision_without_images_is_unknown() -> None:
     found = summary(np.array([0, 1]), np.array([1]), np.empty(0, np.bool_), 3)
     assert found["precision"] is None

@@ -1,0 +1,165 @@
+"""The pretraining stage: resumed runs are bit-identical, signals and NaN stop it with nothing lost."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import InputError, config
+from pipeline.checkpoint import load_torch
+from pipeline.runs import read_json
+from pipeline.trainer import Plan, plan_steps
+from stages import embed, pretrain
+
+from .conftest import TINY
+
+STEPS = 40
+OPTIONS = [
+    f"--pretrain.steps={STEPS}",
+    "--pretrain.batch_size=12",
+    "--pretrain.resolutions=[24,32]",
+    "--pretrain.checkpoint_minutes=0",
+    "--pretrain.knn_evals=2",
+    "--pretrain.log_steps=3",
+]
+
+
+def run(*options: str, force: bool = False) -> Path:
+    recipe, _, plain = config.parse("", argv=[*TINY, *options])
+    pretrain.run(recipe, plain, force)
+    return Path("runs") / str(recipe.entry) / "pretrain"
+
+
+def weights(entry: str) -> dict[str, torch.Tensor]:
+    return load_torch(Path(f"runs/{entry}/pretrain/checkpoint.pt"))["module"]  # type: ignore[no-any-return]
+
+
+def wait_for_step(process, step: int, entry: str) -> None:  # type: ignore[no-untyped-def]
+    file = Path(f"runs/{entry}/pretrain/checkpoint.pt")
+    while process.poll() is None:
+        if file.is_file() and load_torch(file)["step"] >= step:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.dist
+def test_a_run_killed_at_three_random_steps_ends_bit_identical(tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+    run_stage("stages.pretrain", "--entry=whole", *OPTIONS)
+    rng = random.Random(time.time_ns())  # noqa: S311
+    steps = sorted(rng.sample(range(1, STEPS - 4), 3))
+    print("killed after steps", steps)
+    for step in steps:
+        process = run_stage("stages.pretrain", "--entry=killed", *OPTIONS, wait=False)
+        wait_for_step(process, step, "killed")
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not Path("runs/killed/pretrain/encoder.safetensors").exists()
+    out = run_stage("stages.pretrain", "--entry=killed", *OPTIONS)
+    assert "going on from step" in out
+    whole, killed = weights("whole"), weights("killed")
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+    histories = [read_json(Path(f"runs/{e}/pretrain/history.json"), "") for e in ("whole", "killed")]
+    for a, b in zip(*histories, strict=True):
+        a.pop("images_per_second", None), b.pop("images_per_second", None)
+        assert a == b
+    assert "is up to date" in run_stage("stages.pretrain", "--entry=killed", *OPTIONS)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_a_checkpoint(number: int, tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+    options = [*OPTIONS, "--pretrain.steps=100000", "--pretrain.checkpoint_minutes=60"]
+    process = run_stage("stages.pretrain", "--entry=stopped", *options, wait=False)
+    plan = Path("runs/stopped/pretrain/plan.json")
+    while not plan.is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "the same command goes on from there" in out
+    assert "Traceback" not in err
+    step = load_torch(Path("runs/stopped/pretrain/checkpoint.pt"))["step"]
+    assert f"stopped after step {step:,}" in out
+    assert step > 0
+
+
+def test_a_nan_loss_stops_within_a_logging_interval(tiny_contest: Path) -> None:
+    options = [*OPTIONS, "--entry=bad", "--pretrain.optimizer.lr=1e30", "--pretrain.log_steps=5"]
+    with pytest.raises(InputError) as error:
+        run(*options, "--pretrain.checkpoint_minutes=60")
+    message = str(error.value)
+    assert "at step" in message
+    assert "there is no checkpoint yet" in message
+    assert int(message.split("at step ")[1].split(";")[0]) <= 10
+    assert not Path("runs/bad/pretrain/checkpoint.pt").exists()
+    with pytest.raises(InputError) as error:  # every step is saved: the good ones stay
+        run(*options)
+    if Path("runs/bad/pretrain/checkpoint.pt").exists():
+        assert "the last good one is step" in str(error.value)
+        state = weights("bad")
+        assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
+
+
+def test_another_recipe_starts_anew(tiny_contest: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run(*OPTIONS, "--entry=x", "--pretrain.steps=3")
+    before = (folder / "encoder.safetensors").read_bytes()
+    run(*OPTIONS, "--entry=x", "--pretrain.steps=3")
+    assert "is up to date" in capsys.readouterr().out
+    run(*OPTIONS, "--entry=x", "--pretrain.steps=4")
+    assert "up to date" not in capsys.readouterr().out
+    assert (folder / "encoder.safetensors").read_bytes() != before
+    assert read_json(folder / "plan.json", "")["steps"] == [2, 2]
+
+
+def test_a_budget_in_minutes_is_a_number_of_steps_before_step_0(tiny_contest: Path) -> None:
+    folder = run(*OPTIONS, "--pretrain.steps=null", "--entry=m", "--pretrain.minutes=0.02")
+    plan = read_json(folder / "plan.json", "")
+    assert plan["resolutions"] == [24, 32]
+    assert min(plan["steps"]) >= 1
+    history = read_json(folder / "history.json", "")
+    assert history[-1]["step"] == sum(plan["steps"])
+    assert sum("knn" in h for h in history) == 2
+
+
+def test_plans_share_the_budget() -> None:
+    recipe, _, _ = config.parse("", argv=["--pretrain.epochs=3", "--pretrain.batch_size=10"])
+    plan = plan_steps(recipe.pretrain, 101, [48, 64, 96], lambda r: 0.0)
+    assert plan == Plan([48, 64, 96], [10, 10, 10])
+    recipe, _, _ = config.parse("", argv=["--pretrain.minutes=3"])
+    plan = plan_steps(recipe.pretrain, 101, [48, 96], lambda r: r / 48)
+    assert plan == Plan([48, 96], [90, 45])
+    assert [plan.resolution(s) for s in (0, 89, 90, 134)] == [48, 48, 96, 96]
+
+
+def test_too_few_images_for_a_batch_are_one_clear_line(tiny_contest: Path) -> None:
+    with pytest.raises(InputError, match=r"pretrain: 144 images in unlabeled, train and a batch_size"):
+        run(*OPTIONS, "--pretrain.batch_size=145")
+
+
+def test_embeddings_are_of_unit_length_and_whole(tiny_contest: Path) -> None:
+    import numpy as np
+
+    run(*OPTIONS, "--entry=e", "--pretrain.steps=3")
+    recipe, _, plain = config.parse("", argv=[*TINY, "--entry=e", "--evaluate.batch_size=7"])
+    embed.run(recipe, plain)
+    for split, images in {"unlabeled": 64, "train": 80, "val": 40, "test": 12}.items():
+        x = np.load(f"runs/e/embeddings/{split}.npy")
+        assert x.shape == (images, 512)
+        np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-4)
+    recipe, _, plain = config.parse("", argv=[*TINY, "--entry=e", "--evaluate.batch_size=64"])
+    before = np.load("runs/e/embeddings/val.npy")
+    embed.run(recipe, plain)
+    np.testing.assert_allclose(np.load("runs/e/embeddings/val.npy"), before, atol=0.02)
+
+
+def test_a_resolution_that_leaves_nothing_is_refused(tiny_contest: Path) -> None:
+    with pytest.raises(InputError, match="images of 16 pixels are too small for this encoder"):
+        run(*OPTIONS, "--pretrain.resolutions=[16]")
+    with pytest.raises(InputError, match="the encoder cannot take images of 32 pixels"):
+        run(*OPTIONS, "--pretrain.resolutions=[32]", "--encoder.name=vit_tiny_patch16_224")
