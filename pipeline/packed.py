@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from io import BytesIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from pipeline.progress import Advance
 
 Pixels = npt.NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
-_TASK = 64  # images that a worker decodes before it reports
+_TASK, _TASK_BYTES = 64, 1 << 24  # images, and their pixels, that a worker packs in one go
 
 
 def open_packed(path: Path) -> Pixels:
@@ -169,20 +169,23 @@ def pack(
     The rows increase.  Raises DifferentSizeError at the first image of another size, where `form`
     does not resize.
     """
-    start = np.lib.format.open_memmap(out, "r").offset
-    packed = Packed([], [], np.zeros((3, 256), np.int64), hashlib.sha256())
-    parts = [slice(k, k + _TASK) for k in range(0, len(files), _TASK)]
-    task = functools.partial(_pack_part, out=out, start=start, form=form)
-    with out.open("rb", buffering=0) as f:
-        found = executor.map(task, [files[p] for p in parts], [rows[p] for p in parts])
-        for part, (digests, reasons, counts) in zip(parts, found, strict=True):
-            packed.digests.extend(digests)
-            packed.reasons.extend(reasons)
-            packed.histogram[:] += counts
-            end = start + (rows[part][-1] + 1) * form.bytes
-            packed.sha256.update(f.read(end - f.tell()))  # while it is in memory
-            advance(len(digests))
-        packed.sha256.update(f.read())
+    array = np.lib.format.open_memmap(out, "r")
+    with out.open("rb") as f:
+        header = hashlib.sha256(f.read(array.offset))
+    packed = Packed([], [], np.zeros((3, 256), np.int64), header)
+    step = max(1, min(_TASK, _TASK_BYTES // form.bytes))
+    parts = [slice(k, k + step) for k in range(0, len(files), step)]
+    task = functools.partial(_pack_part, out=out, start=array.offset, form=form)
+    found = executor.map(task, [files[p] for p in parts], [rows[p] for p in parts])
+    hashed = 0
+    for part, (digests, reasons, counts) in zip(parts, found, strict=True):
+        packed.digests.extend(digests)
+        packed.reasons.extend(reasons)
+        packed.histogram[:] += counts
+        end = rows[part][-1] + 1
+        packed.sha256.update(array[hashed:end])  # while it is in memory
+        hashed = end
+        advance(len(digests))
     return packed
 
 
@@ -190,12 +193,12 @@ def _pack_part(
     files: Sequence[str], rows: Sequence[int], out: Path, start: int, form: Form
 ) -> tuple[list[str], list[str], npt.NDArray[np.int64]]:
     """Digests, reasons and histogram, as in `Packed`."""
-    digests, reasons, counts = [], [], np.zeros(768, np.int64)
-    with out.open("r+b", buffering=0) as f:
+    digests, reasons, pixels = [], [], []
+    with FileIO(out, "r+") as f:
         for file, row in zip(files, rows, strict=True):
             data, reason = b"", ""
             try:
-                with Path(file).open("rb", buffering=0) as source:
+                with FileIO(file) as source:
                     data = source.read()
                 image = decode(data, file, form)
             except OSError as error:
@@ -203,11 +206,13 @@ def _pack_part(
             except _Unusable as error:
                 reason = str(error)
             else:
-                os.pwrite(f.fileno(), image.tobytes(), start + row * form.bytes)
-                counts += image.histogram()
+                pixels.append(image.tobytes())
+                os.pwrite(f.fileno(), pixels[-1], start + row * form.bytes)
             digests.append(hashlib.sha256(data).hexdigest() if data else "")
             reasons.append(reason)
-    return digests, reasons, counts.reshape(3, 256)
+    tall = (form.width, form.height * len(pixels))  # all of them as one picture, to count at once
+    counts = Image.frombytes("RGB", tall, b"".join(pixels)).histogram() if pixels else [0] * 768
+    return digests, reasons, np.array(counts, np.int64).reshape(3, 256)
 
 
 def decode(data: bytes, file: str, form: Form) -> Image.Image:
@@ -221,7 +226,8 @@ def decode(data: bytes, file: str, form: Form) -> Image.Image:
                     f"has {image.width} × {image.height} pixels; data.max_pixels is "
                     f"{form.max_pixels:,}"
                 )
-            rgb = to_rgb(image)
+            image.load()
+            rgb = image if image.mode == "RGB" else to_rgb(image)
     except UnidentifiedImageError:
         raise _Unusable(f"is no image ({', '.join(FORMATS)} are read)") from None
     except _Unusable:

@@ -32,7 +32,7 @@ def pack_splits(
     total = sum(len(s.files) for s in layout.splits.values())
     with decoders(data.workers) as executor, progress("prepare", total, "images") as advance:
         for name, split in layout.splits.items():
-            files = [str(layout.root / f) for f in split.files]
+            files = [f"{layout.root}/{f}" for f in split.files]
             packed[name] = pack(executor, files, split.index, out[name], form, advance)
             for file, reason in zip(split.files, packed[name].reasons, strict=True):
                 if reason:

@@ -53,7 +53,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     elif done >= rounds:
         done = 0  # that series is complete: a new one
     while done < rounds:
-        if done and current:
+        if current:
             finetune.run(recipe, plain)
         done, current = done + 1, True
         _label(recipe, contest, entry, done, _facts(contest, entry, plain))

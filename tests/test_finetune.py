@@ -1,0 +1,167 @@
+"""The fine-tuning stage: rounds, what is trained, what is chosen by, what is kept."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import InputError, config
+from pipeline.checkpoint import load_tensors, load_torch
+from pipeline.classifiers import Classifier, Supervised, build_head, freeze, load_classifier
+from pipeline.encoders import build_encoder
+from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
+from pipeline.runs import read_json
+from stages import finetune, pretrain
+
+from .conftest import TINY
+
+OPTIONS = [
+    "--finetune.steps=20",
+    "--finetune.batch_size=24",
+    "--finetune.optimizer.lr=0.05",
+    "--finetune.evals=2",
+]
+
+
+def run(*options: str, entry: str = "f", force: bool = False) -> Path:
+    recipe, _, plain = config.parse("", argv=[*TINY, *OPTIONS, f"--entry={entry}", *options])
+    return finetune.run(recipe, plain, force)
+
+
+@pytest.fixture
+def pretrained(tiny_contest: Path) -> Path:
+    options = ["--entry=f", "--pretrain.steps=4", "--pretrain.batch_size=12"]
+    recipe, _, plain = config.parse("", argv=[*TINY, *options])
+    pretrain.run(recipe, plain)
+    return tiny_contest
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "provenance.json", "")["results"]  # type: ignore[no-any-return]
+
+
+def test_a_round_learns_and_keeps_what_follows(pretrained: Path) -> None:
+    folder = run("--finetune.steps=60", "--finetune.backbone_lr=1.0")
+    assert folder.name == "finetune-0"
+    contest, scores = load_contest("tiny"), results(folder)
+    assert scores["val_top1"] > 50  # chance is 25
+    for split in contest.splits:
+        assert np.load(folder / "logits" / f"{split}.npy").shape == (contest.images(split), 4)
+    logits = np.load(folder / "logits" / "val.npy")
+    assert scores["val_top1"] == pytest.approx(100 * (logits.argmax(1) == contest.labels("val")).mean())
+    classifier, meta = load_classifier(folder / "classifier.safetensors")
+    x = torch.from_numpy(contest.packed("val")[:3].copy()).permute(0, 3, 1, 2) / 255
+    x = (x - torch.tensor(contest.mean)[:, None, None]) / torch.tensor(contest.std)[:, None, None]
+    with torch.no_grad():
+        np.testing.assert_allclose(classifier(x).numpy(), logits[:3], rtol=1e-3, atol=1e-3)
+    assert meta["transfer"] is False
+    assert meta["resolution"] == 32
+    train, held = (read_manifest(folder / f"{n}.csv") for n in ("trained_on", "holdout"))
+    assert len(train) + len(held) == 80
+    assert len(held) == 20
+    assert not set(train.index) & set(held.index)
+    text = (folder / "report.txt").read_text()
+    assert "precision" in text
+    assert (folder / "confusion.png").stat().st_size > 1000
+
+
+def test_rounds_follow_the_label_files(pretrained: Path) -> None:
+    assert run().name == "finetune-0"
+    contest = load_contest("tiny")
+    write_manifest(contest.folder / "requested-1.csv", Manifest.of("unlabeled", [3, 5], [0, 1]))
+    folder = run()
+    assert folder.name == "finetune-1"
+    assert results(folder)["labels"] == 60 + 2
+    pseudo = Manifest.of("unlabeled", [3, 9, 10], [2, 2, 2], confidence=0.9)
+    write_manifest(Path("runs/f/pseudo-1.csv"), pseudo, ("split", "index", "label", "confidence"))
+    folder = run()
+    assert folder.name == "finetune-2"
+    train = read_manifest(folder / "trained_on.csv")
+    known = {(s, i): k for s, i, k in zip(train.split, train.index, train.label, strict=True)}
+    assert len(train) == 60 + 2 + 2
+    assert known["unlabeled", 3] == 0  # an answer counts more than a pseudo-label
+    only = run("--finetune.manifests=[train]", "--finetune.per_class=5", "--finetune.holdout=0")
+    assert results(only)["labels"] == 20
+    tenth = run("--finetune.manifests=[train]", "--finetune.fraction=0.1", "--finetune.holdout=0")
+    assert results(tenth)["labels"] == 8
+
+
+@pytest.mark.parametrize(("train", "moved"), [("head", 0), ("last", 1), ("all", 3)])
+def test_what_is_frozen_does_not_move(pretrained: Path, train: str, moved: int) -> None:
+    before = load_tensors(Path("runs/f/pretrain/encoder.safetensors"))[0]
+    folder = run(f"--finetune.train={train}", "--finetune.steps=3", "--finetune.head=mlp")
+    after = load_tensors(folder / "classifier.safetensors")[0]
+    changed = {k.split(".")[0] for k, v in before.items() if not torch.equal(v, after[f"encoder.{k}"])}
+    expected: set[str] = {"layer4"} if train == "last" else set()
+    if train != "all":
+        assert changed == expected  # running statistics included
+    else:
+        assert {"conv1", "layer1", "layer4"} <= changed
+
+
+def test_the_backbone_has_its_own_rate_and_ema_lags() -> None:
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet10t")
+    module = Supervised(Classifier(encoder, build_head("linear", 512, 3)), 0.0, 0.9)
+    start = module.averaged.head.weight.clone()  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        module.classifier.head.weight.add_(1.0)  # type: ignore[operator]
+    module.after_update(0.0)
+    got = module.final().head.weight
+    torch.testing.assert_close(got, start + 0.1)  # type: ignore[arg-type]
+    freeze(encoder, "last", 2)
+    free = {n.split(".")[0] for n, p in encoder.named_parameters() if p.requires_grad}
+    assert free == {"layer3", "layer4"}
+
+
+def test_plateau_lowers_the_rate_and_looks_at_the_holdout(pretrained: Path) -> None:
+    options = ["--finetune.schedule=plateau", "--finetune.patience=0", "--finetune.evals=10"]
+    folder = run(*options, "--finetune.optimizer.lr=1e-4", "--finetune.probe_first=false")
+    history = read_json(folder / "history.json", "")
+    rates = [h["lr"] for h in history if "lr" in h]
+    assert rates[-1] < rates[0]
+    assert sum("heldout_loss" in h for h in history) == 10
+    with pytest.raises(InputError, match="needs a holdout above 0"):
+        run("--finetune.schedule=plateau", "--finetune.holdout=0")
+
+
+def test_val_may_not_be_chosen_by_in_a_rehearsal(pretrained: Path) -> None:
+    file = Path("data_manifests/tiny/contest.json")
+    file.write_text(file.read_text().replace('"rehearsal": false', '"rehearsal": true'))
+    with pytest.raises(InputError, match="in a rehearsal val stands for the secret test"):
+        run("--finetune.monitor=val")
+
+
+def test_from_scratch_needs_no_encoder_and_pretrained_does(tiny_contest: Path) -> None:
+    with pytest.raises(InputError) as error:
+        run(entry="s")
+    expected = "runs/s/pretrain/encoder.safetensors is not there; `make pretrain` makes it"
+    assert str(error.value) == expected
+    assert run("--finetune.init=scratch", "--finetune.steps=2", entry="s").is_dir()
+
+
+def test_outside_weights_are_marked_as_transfer(tiny_contest: Path) -> None:
+    torch.save(build_encoder("resnet10t").state_dict(), "outside.pth")
+    options = ["--finetune.init=outside", "--finetune.weights=outside.pth", "--finetune.steps=2"]
+    folder = run(*options, entry="o")
+    assert load_tensors(folder / "classifier.safetensors")[1]["transfer"] is True
+
+
+def test_a_resumed_round_is_bit_identical(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--finetune.ema=0.9", "--finetune.schedule=plateau", "--finetune.patience=0"]
+    whole = load_torch(run(*options) / "checkpoint.pt")
+    step = finetune.Trainer.step
+
+    def stop_at(self: Any, fetched: Any, at: int, *rest: Any) -> None:
+        step(self, fetched, at, *rest)
+        self._stop = 15 if at == 12 else 0
+
+    monkeypatch.setattr(finetune.Trainer, "step", stop_at)
+    with pytest.raises(SystemExit):
+        run(*options, force=True)
+    monkeypatch.undo()
+    resumed = load_torch(run(*options) / "checkpoint.pt")
+    assert resumed["step"] == whole["step"] == 20
+    assert all(torch.equal(v, resumed["module"][k]) for k, v in whole["module"].items())
