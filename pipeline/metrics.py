@@ -122,7 +122,7 @@ def fit_linear(
         bias[seen] = 0
         return weight, bias
     # The tolerance is of the mean loss's gradient, which shrinks with the number of classes.
-    model = LogisticRegression(C=c, max_iter=_STRETCH, tol=1e-3, warm_start=True)
+    model = LogisticRegression(C=c, max_iter=_STRETCH, tol=1e-6, warm_start=True)
     x = np.asarray(x, np.float32)
     with (
         warnings.catch_warnings(),

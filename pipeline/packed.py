@@ -1,6 +1,7 @@
 """Pack images to uint8 .npy files, open them memory-mapped, gather batches of them."""
 
 import functools
+import gc
 import hashlib
 import math
 import multiprocessing
@@ -26,7 +27,7 @@ from pipeline.progress import Advance
 
 Pixels = npt.NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
-_TASK, _TASK_BYTES = 64, 1 << 24  # images, and their pixels, that a worker packs in one go
+_TASK = 64  # images that a worker packs before it reports
 
 
 def open_packed(path: Path) -> Pixels:
@@ -102,7 +103,6 @@ class Packed(NamedTuple):
     digests: list[str]  # [n] hexadecimal SHA-256 of the files' bytes, "" where none could be read
     reasons: list[str]  # [n] "" or why the file's row was left zero
     histogram: npt.NDArray[np.int64]  # [3, 256] of the pixels of all good images
-    sha256: "hashlib._Hash"  # of the packed array's file
 
 
 @contextmanager
@@ -132,6 +132,7 @@ def _start_worker() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Image.MAX_IMAGE_PIXELS = None  # Form.max_pixels is held instead
     warnings.simplefilter("ignore")  # Pillow's, on odd but readable files
+    gc.freeze()  # what the parent had is not walked through, and so stays shared
 
     def end_with_parent() -> None:
         parent = multiprocessing.parent_process()
@@ -166,34 +167,24 @@ def pack(
 ) -> Packed:
     """Decode `files` [n] in parallel, each into its row of `out`, an array that `create` made.
 
-    The rows increase.  Raises DifferentSizeError at the first image of another size, where `form`
-    does not resize.
+    Raises DifferentSizeError at the first image of another size, where `form` does not resize.
     """
-    array = np.lib.format.open_memmap(out, "r")
-    with out.open("rb") as f:
-        header = hashlib.sha256(f.read(array.offset))
-    packed = Packed([], [], np.zeros((3, 256), np.int64), header)
-    step = max(1, min(_TASK, _TASK_BYTES // form.bytes))
-    parts = [slice(k, k + step) for k in range(0, len(files), step)]
-    task = functools.partial(_pack_part, out=out, start=array.offset, form=form)
-    found = executor.map(task, [files[p] for p in parts], [rows[p] for p in parts])
-    hashed = 0
-    for part, (digests, reasons, counts) in zip(parts, found, strict=True):
-        packed.digests.extend(digests)
-        packed.reasons.extend(reasons)
-        packed.histogram[:] += counts
-        end = rows[part][-1] + 1
-        packed.sha256.update(array[hashed:end])  # while it is in memory
-        hashed = end
-        advance(len(digests))
+    packed = Packed([], [], np.zeros((3, 256), np.int64))
+    start = np.lib.format.open_memmap(out, "r").offset
+    task = functools.partial(_pack_part, out=out, start=start, form=form)
+    parts = [slice(k, k + _TASK) for k in range(0, len(files), _TASK)]
+    for part in executor.map(task, [files[p] for p in parts], [rows[p] for p in parts]):
+        packed.digests.extend(part.digests)
+        packed.reasons.extend(part.reasons)
+        packed.histogram[:] += part.histogram
+        advance(len(part.digests))
     return packed
 
 
 def _pack_part(
     files: Sequence[str], rows: Sequence[int], out: Path, start: int, form: Form
-) -> tuple[list[str], list[str], npt.NDArray[np.int64]]:
-    """Digests, reasons and histogram, as in `Packed`."""
-    digests, reasons, pixels = [], [], []
+) -> Packed:
+    digests, reasons, counts = [], [], np.zeros(768, np.int64)
     with FileIO(out, "r+") as f:
         for file, row in zip(files, rows, strict=True):
             data, reason = b"", ""
@@ -206,13 +197,11 @@ def _pack_part(
             except _Unusable as error:
                 reason = str(error)
             else:
-                pixels.append(image.tobytes())
-                os.pwrite(f.fileno(), pixels[-1], start + row * form.bytes)
+                os.pwrite(f.fileno(), image.tobytes(), start + row * form.bytes)
+                counts += np.fromiter(image.histogram(), np.int64, 768)
             digests.append(hashlib.sha256(data).hexdigest() if data else "")
             reasons.append(reason)
-    tall = (form.width, form.height * len(pixels))  # all of them as one picture, to count at once
-    counts = Image.frombytes("RGB", tall, b"".join(pixels)).histogram() if pixels else [0] * 768
-    return digests, reasons, np.array(counts, np.int64).reshape(3, 256)
+    return Packed(digests, reasons, counts.reshape(3, 256))
 
 
 def decode(data: bytes, file: str, form: Form) -> Image.Image:

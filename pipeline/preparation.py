@@ -14,7 +14,9 @@ from pipeline.duplicates import count_duplicates, first_match
 from pipeline.manifest import Manifest
 from pipeline.packed import Form, Packed, create, decoders, histogram, open_packed, pack, read_size
 from pipeline.progress import progress
-from pipeline.runs import contest_folder, packed_file, sha256
+from pipeline.runs import contest_folder, packed_file, sha256, write_json
+
+_MADE = "made_from.json"
 
 
 def pack_splits(
@@ -89,34 +91,43 @@ def usable_pixels(packed: Packed, manifest: Manifest, array: Path) -> npt.NDArra
     return packed.histogram - histogram(open_packed(array), excluded)
 
 
-def facts_of(layout: Layout, data: Data) -> dict[str, Any]:
-    """What decides the result of preparing a contest."""
-    root = layout.root
+def asked_for(layout: Layout, data: Data) -> dict[str, Any]:
+    """What decides the result: the state of the contest's folder, and what is done with it."""
     return {
-        "root": str(root),
-        "rehearsal": data.rehearsal or root.with_name(root.name + ".oracle.pt").is_file(),
+        "root": str(layout.root),
         "fingerprint": layout.fingerprint,
-        "asked": {
-            "size": data.size,
-            "max_pixels": data.max_pixels,
-            "keep_duplicates": data.keep_duplicates,
-        },
+        "rehearsal": is_rehearsal(layout, data),
+        "size": data.size,
+        "max_pixels": data.max_pixels,
+        "keep_duplicates": data.keep_duplicates,
     }
 
 
-def is_current(contest: str, facts: Mapping[str, Any], skip_bad: bool) -> bool:
-    """Whether the contest was prepared from just these facts, without more skipped than allowed."""
-    folder = contest_folder(contest)
-    if not (folder / "contest.json").is_file():
+def is_rehearsal(layout: Layout, data: Data) -> bool:
+    """Whether the recipe says so, or the labels that only organizers know lie beside the contest."""
+    oracle = layout.root.with_name(f"{layout.root.name}.oracle.pt")
+    return data.rehearsal or oracle.is_file()
+
+
+def remember(contest: str, asked: Mapping[str, Any]) -> None:
+    """Note, beside the arrays, what they were made from; contest.json says nothing of one machine."""
+    made = {"asked": asked, "contest_sha256": sha256(contest_folder(contest) / "contest.json")}
+    write_json(packed_file(contest, "").with_name(_MADE), made)
+
+
+def is_current(contest: str, asked: Mapping[str, Any], skip_bad: bool) -> bool:
+    """Whether the contest was prepared from just this, without more skipped than is allowed."""
+    folder, note = contest_folder(contest), packed_file(contest, "").with_name(_MADE)
+    if not (folder / "contest.json").is_file() or not note.is_file():
         return False
-    done = json.loads((folder / "contest.json").read_text())
-    files = [folder / f"{split}.csv" for split in done["splits"]]
-    files += [packed_file(contest, split) for split in done["splits"]]
-    same = all(done.get(k) == v for k, v in facts.items()) and (skip_bad or not done["skipped"])
-    return same and all(f.is_file() for f in files)
+    facts, made = json.loads((folder / "contest.json").read_text()), json.loads(note.read_text())
+    files = [folder / f"{split}.csv" for split in facts["splits"]]
+    files += [packed_file(contest, split) for split in facts["splits"]]
+    same = made == {"asked": asked, "contest_sha256": sha256(folder / "contest.json")}
+    return same and (skip_bad or not facts["skipped"]) and all(f.is_file() for f in files)
 
 
-def describe(folder: Path, manifest: Manifest, packed: Packed) -> dict[str, Any]:
+def describe(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """What contest.json says of a split, whose manifest was written to `folder`."""
     file = folder / f"{manifest.split[0]}.csv"
     return {
@@ -124,5 +135,4 @@ def describe(folder: Path, manifest: Manifest, packed: Packed) -> dict[str, Any]
         "usable": len(manifest.usable()),
         "manifest": file.name,
         "manifest_sha256": sha256(file),
-        "packed_sha256": packed.sha256.hexdigest(),
     }

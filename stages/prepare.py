@@ -30,8 +30,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False, skip_bad: bo
     """Pack and describe the recipe's contest, unless that was done and nothing has changed."""
     data, folder = recipe.data, runs.contest_folder(recipe.data.contest)
     layout = read_layout(_checked_root(data))
-    facts = preparation.facts_of(layout, data)
-    if not force and preparation.is_current(data.contest, facts, skip_bad):
+    asked = preparation.asked_for(layout, data)
+    if not force and preparation.is_current(data.contest, asked, skip_bad):
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return
     arrays = {split: runs.packed_file(data.contest, split) for split in layout.splits}
@@ -54,18 +54,20 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False, skip_bad: bo
         folder / "contest.json",
         {
             "contest": data.contest,
-            **facts,
+            "root": str(layout.root),
+            "rehearsal": asked["rehearsal"],
             "layout": layout.kind,
             "size": [form.height, form.width],
             "classes": layout.classes,
             "class_names": layout.class_names,
             "mean": mean,
             "std": std,
-            "splits": {s: preparation.describe(folder, m, packed[s]) for s, m in manifests.items()},
+            "splits": {s: preparation.describe(folder, m) for s, m in manifests.items()},
             "skipped": [{"file": d.file, "reason": d.reason} for d in layout.defects],
             "duplicates": duplicates,
         },
     )
+    preparation.remember(data.contest, asked)
     _tell(data.contest, layout, manifests, duplicates)
 
 

@@ -158,10 +158,10 @@ def test_a_resumed_round_is_bit_identical(pretrained: Path, monkeypatch: pytest.
         step(self, fetched, at, *rest)
         self._stop = 15 if at == 12 else 0
 
-    monkeypatch.setattr(finetune.Trainer, "step", stop_at)
-    with pytest.raises(SystemExit):
-        run(*options, force=True)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Trainer, "step", stop_at)
+        with pytest.raises(SystemExit):
+            run(*options, force=True)
     resumed = load_torch(run(*options) / "checkpoint.pt")
     assert resumed["step"] == whole["step"] == 20
     assert all(torch.equal(v, resumed["module"][k]) for k, v in whole["module"].items())

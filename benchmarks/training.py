@@ -1,0 +1,91 @@
+"""Images per second of pretraining from packed data, beside the bare model step on ready-made tensors.
+
+python -m benchmarks.training [--encoder resnet18 --size 96 --batch 128 --steps 6]
+Both sides take the same model, loss, optimizer and precision on every core.  Ours is the trainer of the
+stages: gathering rows of a memory map, two SimCLR views, the step, the log.  The peer repeats the step
+on one batch of views that is made beforehand.  The two are timed in turns.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.batches import batch_at, prefetch
+from pipeline.encoders import build_encoder
+from pipeline.methods.simclr import SimCLR
+from pipeline.optim import Optimizer, build_optimizer
+from pipeline.packed import Pool
+from pipeline.trainer import Trainer, channels_last, make_accelerator, pixel_dtype
+from pipeline.views import View, make_views, uniforms
+
+ROUNDS = 5
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGES = 20_000
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--encoder", default="resnet18")
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=6)
+    o = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "unlabeled.npy"
+        packed = np.lib.format.open_memmap(file, "w+", np.uint8, (IMAGES, 96, 96, 3))
+        block = np.random.default_rng(0).integers(0, 256, (1000, 96, 96, 3), np.uint8)
+        for start in range(0, IMAGES, len(block)):
+            packed[start : start + len(block)] = block
+        pool = Pool([(np.load(file, mmap_mode="r"), np.arange(IMAGES))])
+        accelerator = make_accelerator("auto", Path(folder))
+        method = SimCLR(build_encoder(o.encoder)).to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(Optimizer(), {method: 1.0}, o.batch)
+
+        def fetch(step: int) -> torch.Tensor:
+            return torch.from_numpy(pool.gather(batch_at(IMAGES, o.batch, 0, step)))
+
+        def inputs(images: torch.Tensor, step: int, size: int) -> tuple[list[torch.Tensor]]:
+            u, dtype = uniforms(0, step, o.batch, 2), pixel_dtype(accelerator)
+            return (channels_last(make_views(images, [View()], u, size, MEAN, STD, dtype)),)
+
+        trainer = Trainer(
+            method, optimizer, accelerator, Path(folder), {}, 0, fetch, inputs, lambda _: 1e-3
+        )
+        ready = inputs(fetch(0), 0, o.size)
+
+        def ours(turn: int) -> float:
+            first = turn * o.steps
+            began = time.perf_counter()
+            for step, fetched in enumerate(prefetch(fetch, first, first + o.steps), first):
+                trainer.step(fetched, step, o.size, 0.5)
+            return o.steps * o.batch / (time.perf_counter() - began)
+
+        def bare() -> float:
+            began = time.perf_counter()
+            for _ in range(o.steps):
+                with torch.autocast("cpu", torch.bfloat16, pixel_dtype(accelerator) == torch.bfloat16):
+                    z = method.project(*ready)
+                loss = method.loss(z)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            return o.steps * o.batch / (time.perf_counter() - began)
+
+        bare(), ours(0)
+        pairs = [(ours(k), bare()) for k in range(ROUNDS)]
+    for a, b in pairs:
+        print(f"ours {a:,.1f} images/s, bare step {b:,.1f} images/s, ratio {a / b:.3f}")
+    a, b = (statistics.median(p[k] for p in pairs) for k in (0, 1))
+    ratio = round(statistics.median(x / y for x, y in pairs), 3)
+    found = {"ours": round(a, 1), "peer": round(b, 1), "ratio": ratio, "unit": "images/s"}
+    print(json.dumps({"benchmark": "training", **found}))
+
+
+if __name__ == "__main__":
+    main()
