@@ -1,8 +1,8 @@
 """Anonymous memory of pretraining on 200,000 packed images, beside that on 20,000.
 
-python -m benchmarks.memory [--large 200000 --small 20000]
-The stage itself runs in a process of its own on a contest of zeros (a sparse file); its peak RssAnon is
-read from /proc while it trains.  What it maps of the packed file is not anonymous.
+python -m benchmarks.memory [--large 200000 --small 20000] The stage itself runs in a process of its
+own on a contest of zeros (a sparse file); its peak RssAnon is read from /proc while it trains.
+What it maps of the packed file is not anonymous.
 """
 
 import json
@@ -29,7 +29,10 @@ def make_contest(folder: Path, images: int) -> None:
     data.mkdir(parents=True)
     packed = data / "unlabeled.npy"
     np.lib.format.open_memmap(packed, "w+", np.uint8, (images, 96, 96, 3))
-    names, digests = ([f"unlabeled/{k}.png" for k in range(images)], [f"{k:064x}" for k in range(images)])
+    names, digests = (
+        [f"unlabeled/{k}.png" for k in range(images)],
+        [f"{k:064x}" for k in range(images)],
+    )
     manifest = Manifest.of("unlabeled", np.arange(images), file=names, sha256=digests)
     write_manifest(manifests / "unlabeled.csv", manifest, PREPARED)
     split = {

@@ -1,9 +1,10 @@
-"""Images per second of pretraining from packed data, beside the bare model step on ready-made tensors.
+"""Images per second of pretraining from packed data, beside the bare model step on ready-made
+tensors.
 
-python -m benchmarks.training [--encoder resnet18 --size 96 --batch 128 --steps 6]
-Both sides take the same model, loss, optimizer and precision on every core.  Ours is the trainer of the
-stages: gathering rows of a memory map, two SimCLR views, the step, the log.  The peer repeats the step
-on one batch of views that is made beforehand.  The two are timed in turns.
+python -m benchmarks.training [--encoder resnet18 --size 96 --batch 128 --steps 6] Both sides take
+the same model, loss, optimizer and precision on every core.  Ours is the trainer of the stages:
+gathering rows of a memory map, two SimCLR views, the step, the log.  The peer repeats the step on
+one batch of views that is made beforehand.  The two are timed in turns.
 """
 
 import json
@@ -16,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.batches import batch_at, prefetch
+from pipeline.batches import prefetch
 from pipeline.encoders import build_encoder
+from pipeline.feed import Feed
 from pipeline.methods.simclr import SimCLR
 from pipeline.optim import Optimizer, build_optimizer
 from pipeline.packed import Pool
-from pipeline.trainer import Trainer, channels_last, make_accelerator, pixel_dtype
-from pipeline.views import View, make_views, uniforms
+from pipeline.trainer import Trainer, make_accelerator
+from pipeline.views import View
 
 ROUNDS = 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,29 +49,21 @@ def main() -> None:
         method = SimCLR(build_encoder(o.encoder)).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(Optimizer(), {method: 1.0}, o.batch)
 
-        def fetch(step: int) -> torch.Tensor:
-            return torch.from_numpy(pool.gather(batch_at(IMAGES, o.batch, 0, step)))
-
-        def inputs(images: torch.Tensor, step: int, size: int) -> tuple[list[torch.Tensor]]:
-            u, dtype = uniforms(0, step, o.batch, 2), pixel_dtype(accelerator)
-            return (channels_last(make_views(images, [View()], u, size, MEAN, STD, dtype)),)
-
-        trainer = Trainer(
-            method, optimizer, accelerator, Path(folder), {}, 0, fetch, inputs, lambda _: 1e-3
-        )
-        ready = inputs(fetch(0), 0, o.size)
+        feed = Feed(pool, [View()], o.batch, 0, MEAN, STD, accelerator)
+        trainer = Trainer(method, optimizer, accelerator, Path(folder), {}, feed, lambda _: 1e-3)
+        ready = feed.inputs(feed.fetch(0), 0, o.size)
 
         def ours(turn: int) -> float:
             first = turn * o.steps
             began = time.perf_counter()
-            for step, fetched in enumerate(prefetch(fetch, first, first + o.steps), first):
+            for step, fetched in enumerate(prefetch(feed.fetch, first, first + o.steps), first):
                 trainer.step(fetched, step, o.size, 0.5)
             return o.steps * o.batch / (time.perf_counter() - began)
 
         def bare() -> float:
             began = time.perf_counter()
             for _ in range(o.steps):
-                with torch.autocast("cpu", torch.bfloat16, pixel_dtype(accelerator) == torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, feed.dtype == torch.bfloat16):
                     z = method.project(*ready)
                 loss = method.loss(z)
                 loss.backward()

@@ -1,8 +1,8 @@
 """Two SimCLR views of 96×96 images per second on one thread, beside lightly's SimCLRTransform.
 
-python -m benchmarks.views [--images 512]
-The same operations and ranges on both sides; lightly's transform runs on Pillow images that are decoded
-already, ours on the packed pixels.  The two are timed in turns.
+python -m benchmarks.views [--images 512] The same operations and ranges on both sides; lightly's
+transform runs on Pillow images that are decoded already, ours on the packed pixels.  The two are
+timed in turns.
 """
 
 import json
@@ -22,7 +22,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def photographs(n: int) -> np.ndarray:
-    """Smooth random images with noise, [n, 96, 96, 3] uint8: the time does not depend on the content."""
+    """Smooth random images with noise, [n, 96, 96, 3] uint8: the time does not depend on the
+    content.
+    """
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (n, 6, 6, 3), np.uint8)
     smooth = np.stack([np.asarray(Image.fromarray(c).resize((96, 96))) for c in coarse])

@@ -1,8 +1,10 @@
-"""Which images make up step t: a pure function of (seed, step), and a thread that fetches them ahead."""
+"""Which images make up step t: a pure function of (seed, step), and a thread that fetches them
+ahead.
+"""
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import lru_cache
 from typing import TypeVar
 
@@ -20,8 +22,8 @@ def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 def batch_at(n: int, batch: int, seed: int, step: int) -> npt.NDArray[np.int64]:
     """The positions [batch] of the global batch of `step` among n images.
 
-    Steps read one stream of permutations of all n images, so each image comes exactly once in an epoch
-    and none is dropped; a batch may straddle two epochs.
+    Steps read one stream of permutations of all n images, so each image comes exactly once in an
+    epoch and none is dropped; a batch may straddle two epochs.
     """
     places = np.arange(step * batch, (step + 1) * batch)
     positions = np.empty(batch, np.int64)
@@ -36,7 +38,9 @@ def slice_of(total: int, rank: int, ranks: int) -> slice:
     return slice(total * rank // ranks, total * (rank + 1) // ranks)
 
 
-def prefetch(make: Callable[[int], T], start: int, stop: int, ahead: int = 2) -> Iterator[T]:
+def prefetch(
+    make: Callable[[int], T], start: int, stop: int, ahead: int = 2
+) -> Generator[T, None, None]:
     """make(start), …, make(stop - 1), computed by a thread up to `ahead` items in advance.
 
     An exception of `make` is raised here; closing the iterator ends the thread.

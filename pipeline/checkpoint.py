@@ -1,4 +1,6 @@
-"""Weights and training state on disk: saved whole or not at all, loaded without running anything."""
+"""Weights and training state on disk: saved whole or not at all, loaded without running
+anything.
+"""
 
 import json
 import pickle
@@ -24,8 +26,8 @@ def save_torch(path: Path, value: Any) -> None:
 def load_torch(path: Path) -> Any:
     """What a torch file holds, on the CPU.
 
-    Raises InputError where it is missing, damaged, or holds anything but tensors in plain containers (a
-    pickle can run programs: such a file is refused before anything of it runs).
+    Raises InputError where it is missing, damaged, or holds anything but tensors in plain
+    containers (a pickle can run programs: such a file is refused before anything of it runs).
     """
     if not path.is_file():
         raise InputError(f"{path} is not there; a file that torch.save wrote is expected")
@@ -35,8 +37,9 @@ def load_torch(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise InputError(
-            f"{path}: refused, it holds more than tensors in plain containers and could run a program "
-            f"when loaded; ask for a file saved as torch.save(tensor) or torch.save(state_dict)"
+            f"{path}: refused, it holds more than tensors in plain containers and could run a "
+            f"program when loaded; a file saved by torch.save(tensor) or torch.save(state_dict) is "
+            f"expected"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -61,7 +64,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata of a safetensors file; InputError where it is none."""
     try:
-        with safe_open(path, "pt") as f:  # type: ignore[no-untyped-call]
+        with safe_open(path, "pt") as f:
             metadata = json.loads((f.metadata() or {}).get("json", "{}"))
             return {k: f.get_tensor(k) for k in f.keys()}, metadata  # noqa: SIM118
     except (SafetensorError, OSError) as error:

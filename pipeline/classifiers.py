@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.checkpoint import load_tensors, save_tensors
-from pipeline.encoders import build_encoder
+from pipeline.encoders import build_encoder, features
 from pipeline.inference import predict
 from pipeline.manifest import Contest
 from pipeline.metrics import fit_linear
@@ -49,7 +49,9 @@ class Classifier(nn.Module):
 
 
 def freeze(encoder: nn.Module, train: Literal["head", "last", "all"], blocks: int) -> None:
-    """Leave nothing, the last `blocks` stages (as timm groups them), or all of the encoder to be trained."""
+    """Leave nothing, the last `blocks` stages (as timm groups them), or all of the encoder to be
+    trained.
+    """
     groups = group_parameters(encoder, encoder.group_matcher(coarse=True))  # type: ignore[operator]
     names = [list(g) if isinstance(g, (list, tuple)) else [g] for _, g in sorted(groups.items())]
     kept = {"head": 0, "last": blocks, "all": len(names)}[train]
@@ -102,21 +104,25 @@ def probe(
     contest: Contest,
     c: float,
 ) -> None:
-    """Set the linear head to a logistic regression on the frozen encoder's outputs for the pool's images.
+    """Set the linear head to a logistic regression on the frozen encoder's outputs for the pool's
+    images.
 
-    Outputs are scaled by their mean length, so that `c` means what it means on unit-length embeddings.
+    Outputs are scaled by their mean length, so that `c` means what it means on unit-length
+    embeddings.
     """
-    x = np.empty((len(pool), int(classifier.encoder.num_features)), np.float32)  # type: ignore[arg-type]
+    x = np.empty((len(pool), features(classifier.encoder)), np.float32)
     predict(classifier.encoder, pool, size, contest.mean, contest.std, x, what="probe")
     length = float(np.linalg.norm(x, axis=1).mean())
     weight, bias = fit_linear(x / length, labels, contest.classes, c)
     with torch.no_grad():
-        classifier.head.weight.copy_(torch.from_numpy(weight / length))  # type: ignore[operator, union-attr]
-        classifier.head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator, union-attr]
+        classifier.head.weight.copy_(torch.from_numpy(weight / length))  # type: ignore[operator]
+        classifier.head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator]
 
 
 def save_classifier(path: Path, classifier: Classifier, metadata: dict[str, Any]) -> None:
-    """Write the weights; `metadata` as `load_classifier` reads it (encoder, head, mean, std, resolution)."""
+    """Write the weights; `metadata` as `load_classifier` reads it (encoder, head, mean, std,
+    resolution).
+    """
     save_tensors(path, classifier.state_dict(), metadata)
 
 

@@ -42,7 +42,7 @@ class Data:
     contest: str = "contest"
     """Name of the contest: data_manifests/CONTEST and data/CONTEST."""
     root: Path | None = None
-    """The contest's folder (SPLIT/N.png and SPLIT_label_tensor.pt) or an image folder (SPLIT/CLASS/*)."""
+    """The contest's folder (SPLIT/N.png, SPLIT_label_tensor.pt) or an image folder (SPLIT/CLASS)."""
     size: int | None = None
     """Resize every image to this many pixels square; null expects them all of one size."""
     keep_duplicates: bool = False
@@ -60,7 +60,7 @@ class Encoder:
     name: str = "resnet18"
     """timm's name of the model."""
     stem: Stem = "imagenet"
-    """imagenet: as in timm; low_stride: 3×3 stride 1, then the max-pool; cifar: 3×3 stride 1, no pool."""
+    """imagenet: as in timm; low_stride: 3×3 stride 1, max-pool; cifar: 3×3 stride 1, no pool."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of timm.create_model, as drop_path_rate."""
 
@@ -144,7 +144,7 @@ class Finetune:
     weights: str | None = None
     """Outside weights: a local file (timm, torchvision, MoCo or SimCLR keys) or 'timm'."""
     manifests: list[str] = field(default_factory=lambda: ["train", "requested", "pseudo"])
-    """Label manifests: train, requested (all that came), pseudo (the newest), or paths to CSV files."""
+    """Label manifests: train, requested (all that came), pseudo (the newest), or CSV files."""
     fraction: float = 1.0
     """Fraction of the labels of each class that is used, drawn by seed."""
     per_class: int | None = None
@@ -222,7 +222,7 @@ class Submit:
     round: int | None = None
     """K of the finetune-K to submit; null takes the latest."""
     test: str | None = None
-    """Unlabeled split to predict for predictions.csv; null takes 'test' where the contest has one."""
+    """Unlabeled split to predict for predictions.csv; null takes 'test' where there is one."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,9 @@ class Recipe:
 
 
 class Invocation(NamedTuple):
-    """What a stage was started with: the recipe, the stage's own options, and the recipe as plain data."""
+    """What a stage was started with: the recipe, the stage's own options, and the recipe as
+    plain data.
+    """
 
     recipe: Recipe
     options: Any

@@ -182,7 +182,7 @@ def _read_labels(layout: Layout, split: Split) -> Integers | None:
     elif len(labels) != split.images:
         reason = f"has {len(labels)} entries; {expected}"
     else:
-        return np.array(labels, np.int64)
+        return labels.numpy().copy()  # type: ignore[no-any-return]
     layout.defects.append(Defect(file, reason, skippable=False))
     return None
 

@@ -1,4 +1,6 @@
-"""Several processes as one: gather with gradient, reduced batch-norm statistics; identity on one process."""
+"""Several processes as one: gather with gradient, reduced batch-norm statistics; identity on one
+process.
+"""
 
 from typing import Any
 
@@ -23,14 +25,14 @@ def barrier() -> None:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
         ctx.dim, ctx.size = dim, x.shape[dim]
         parts = [torch.empty_like(x) for _ in range(world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         mine = grad.narrow(ctx.dim, rank() * ctx.size, ctx.size)
         return mine * world_size(), None
 
@@ -38,22 +40,22 @@ class _Gather(torch.autograd.Function):
 def gather(x: Tensor, dim: int = 0) -> Tensor:
     """The tensors of all ranks concatenated along `dim`, in rank order, with gradient.
 
-    Every rank is expected to compute the same loss from the result.  The gradient of a rank's part is
-    then known locally; it is multiplied by the number of ranks because DistributedDataParallel averages
-    parameter gradients over ranks where this loss needs their sum.
+    Every rank is expected to compute the same loss from the result.  The gradient of a rank's part
+    is then known locally; it is multiplied by the number of ranks because DistributedDataParallel
+    averages parameter gradients over ranks where this loss needs their sum.
     """
-    return x if world_size() == 1 else _Gather.apply(x, dim)  # type: ignore[no-any-return]
+    return x if world_size() == 1 else _Gather.apply(x, dim)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad
@@ -62,8 +64,8 @@ class _Sum(torch.autograd.Function):
 class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm with statistics over the batches of all ranks, on any device.
 
-    torch's SyncBatchNorm has no CPU path; this is its equal there (same parameters and buffers).  Where
-    timm fuses dropout and activation into the layer, they are kept.
+    torch's SyncBatchNorm has no CPU path; this is its equal there (same parameters and buffers).
+    Where timm fuses dropout and activation into the layer, they are kept.
     """
 
     def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
@@ -82,7 +84,8 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         else:
             x = self._reduced(input)
         x = x if self.drop is None else self.drop(x)
-        return x if self.act is None else self.act(x)
+        y: Tensor = x if self.act is None else self.act(x)
+        return y
 
     def _reduced(self, x: Tensor) -> Tensor:
         dims = [d for d in range(x.ndim) if d != 1]
@@ -106,7 +109,7 @@ class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
         y = centered * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
+        return y.to(x.dtype)  # type: ignore[no-any-return]
 
 
 def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:

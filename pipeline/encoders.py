@@ -11,13 +11,21 @@ from torch import nn
 Stem = Literal["imagenet", "low_stride", "cifar"]
 
 
+def features(encoder: nn.Module) -> int:
+    """The width d of the encoder's output [b, d]."""
+    return int(encoder.num_features)  # type: ignore[arg-type]
+
+
 def build_encoder(name: str, stem: Stem = "imagenet", **options: Any) -> nn.Module:
     """A timm model that maps [b, 3, h, w] to [b, model.num_features], randomly initialized.
 
     The stem is `imagenet` (as timm builds it), `low_stride` (first convolution 3×3 at stride 1, a
     max-pool after it stays) or `cifar` (3×3 at stride 1 and no max-pool).  `options` go to timm.
-    Raises ValueError where timm has no such model or the stem does not fit it.
+    Raises ValueError where timm has no such model, or the stem does not fit it, or `options` ask
+    for pretrained weights: those come in through finetune.init, where they are marked.
     """
+    if options.get("pretrained"):
+        raise ValueError("encoder.options may not ask for pretrained weights; finetune.init may")
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "timm.list_models()"
         raise ValueError(f"encoder {name!r} is not a timm model; near it: {near}")

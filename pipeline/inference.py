@@ -38,7 +38,8 @@ def check_size(encoder: nn.Module, size: int) -> None:
         if encoder.forward_features(twice).shape[2:] == (1, 1):  # type: ignore[operator]
             raise InputError(
                 f"images of {size} pixels are too small for this encoder: nothing is left of them "
-                f"before its last stage; stem low_stride or cifar, or a larger resolution, is expected"
+                f"before its last stage; stem low_stride or cifar, or a larger resolution, is "
+                f"expected"
             )
     encoder.train(was)
 
@@ -59,9 +60,10 @@ def predict(
 ) -> None:
     """Write model(image) of every image of `pool` to `out`, image i to row rows[i] (or i).
 
-    Images are resized to `size`, not augmented.  `exact` computes in float32, else in bf16 where the
-    processor has it; `unit` scales each output to unit length.  Each process takes a contiguous part of the images; `out` has to be shared (a
-    memory map) where there are several.  The model is left in evaluation mode.
+    Images are resized to `size`, not augmented.  `exact` computes in float32, else in bf16 where
+    the processor has it; `unit` scales each output to unit length.  Each process takes a contiguous
+    part of the images; `out` has to be shared (a memory map) where there are several.  The model is
+    left in evaluation mode.
     """
     device = next(model.parameters()).device
     dtype = torch.float32 if exact else matmul_dtype(device)
@@ -97,9 +99,11 @@ def predict_split(
     exact: bool = False,
     unit: bool = False,
 ) -> None:
-    """Write model(image) of every usable image of a split to the float32 array `file` [images, outputs].
+    """Write model(image) of every usable image of a split to the float32 array `file` [images,
+    outputs].
 
-    Rows of unusable images are zero.  Every process takes its part; the file appears when it is whole.
+    Rows of unusable images are zero.  Every process takes its part; the file appears when it is
+    whole.
     """
     aside = file.with_name(f".{file.name}.tmp")
     if rank() == 0:

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import InputError
+from pipeline.draws import choose_labels as choose_labels
+from pipeline.draws import hold_out as hold_out
 from pipeline.packed import Pool, open_packed
 from pipeline.runs import contest_folder, packed_file, read_json, replacing, require, sha256
 from pipeline.tables import Column, read_table
@@ -101,12 +103,12 @@ def write_manifest(path: Path, manifest: Manifest, columns: Sequence[str] = LABE
 
 
 def _as_text(manifest: Manifest, column: str) -> list[Any]:
-    values = getattr(manifest, column)
+    values = getattr(manifest, column).tolist()
     if column == "label":
-        return ["" if v < 0 else v for v in values.tolist()]
+        return ["" if v < 0 else v for v in values]
     if column == "confidence":
-        return [f"{v:.6g}" for v in values.tolist()]
-    return values.astype(np.str_).tolist() if column == "sha256" else values.tolist()  # type: ignore[no-any-return]
+        return [f"{v:.6g}" for v in values]
+    return [v.decode() for v in values] if column == "sha256" else values
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -124,10 +126,8 @@ def read_manifest(path: Path) -> Manifest:
 def _check_unique(path: Path, manifest: Manifest) -> None:
     codes = np.unique(manifest.split, return_inverse=True)[1]
     order = np.lexsort((manifest.index, codes))
-    twice = (np.diff(manifest.index[order]) == 0) & (np.diff(codes[order]) == 0)
-    if twice.any():
-        first = int(np.flatnonzero(twice)[0])
-        a, b = order[first], order[first + 1]
+    same = (np.diff(manifest.index[order]) == 0) & (np.diff(codes[order]) == 0)
+    for a, b in zip(order[:-1][same][:1], order[1:][same], strict=False):
         raise InputError(
             f"{path}: rows {a + 2} and {b + 2} are both {manifest.split[a]} {manifest.index[a]}; "
             f"each image is expected once"
@@ -197,8 +197,8 @@ class Contest:
             if bad.any():
                 k = int(np.flatnonzero(bad)[0])
                 raise InputError(
-                    f"a manifest names {split} {part.index[k]} with label {part.label[k]}; {split} "
-                    f"has {self.images(split)} images, the contest {self.classes} classes"
+                    f"a manifest gives {split} {part.index[k]} label {part.label[k]}; there are "
+                    f"{self.images(split)} images and {self.classes} classes"
                 )
             parts.append((self.packed(split), part.index))
         return Pool(parts)
@@ -219,11 +219,10 @@ class Contest:
         return f"make data ROOT={self.root} CONTEST={self.name}"
 
     def _split(self, split: str) -> dict[str, Any]:
-        if split not in self.splits:
-            raise InputError(
-                f"contest {self.name!r} has no split {split!r}; it has {', '.join(self.splits)}"
-            )
-        return self.splits[split]
+        if split in self.splits:
+            return self.splits[split]
+        known = ", ".join(self.splits)
+        raise InputError(f"contest {self.name!r} has no split {split!r}; it has {known}")
 
 
 def load_contest(name: str) -> Contest:
@@ -245,8 +244,8 @@ def training_set(
 ) -> tuple[Manifest, Manifest]:
     """What to train on and what is held out of it, from label manifests.
 
-    The draw by `fraction` or `per_class` and the held-out share are of the first file, so that every
-    round holds out the same images.  Where an image comes in several files, the first one counts.
+    The draw by `fraction` or `per_class` and the held-out share are of the first file, so that
+    every round holds out the same images.  Where an image comes in several files, the first counts.
     Raises InputError where no labeled image is left.
     """
     parts, seen = [], set[tuple[str, int]]()
@@ -267,46 +266,3 @@ def _join(parts: Sequence[Manifest]) -> Manifest:
     return Manifest(
         *(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Manifest))
     )
-
-
-def choose_labels(
-    labels: Integers, fraction: float = 1.0, per_class: int | None = None, seed: int = 0
-) -> Integers:
-    """Sorted positions of `per_class` images of each class, or of a fraction and at least one.
-
-    They are drawn by seed, all of a class that has fewer.  A smaller draw with the same seed is
-    part of a larger one.  Unknown labels (-1) are never drawn.
-    """
-    rank, count = _ranks(labels, seed)
-    if per_class is not None:
-        want = np.full(len(labels), per_class)
-    else:
-        want = np.maximum(1, np.rint(fraction * count)).astype(np.int64)
-    return np.flatnonzero((rank < want) & (labels >= 0))
-
-
-def hold_out(labels: Integers, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which images [n] to hold out: a fraction of each class, drawn by seed.
-
-    A class of two or more gives at least one, where the fraction is above 0, and keeps at least
-    one.  Unknown labels (-1) are never held out.
-    """
-    if fraction <= 0:
-        return np.zeros(len(labels), np.bool_)
-    rank, count = _ranks(labels, [seed, 1])
-    want = np.clip(np.rint(fraction * count), 1, np.maximum(count - 1, 0))
-    want[count < 2] = 0
-    return np.asarray((rank < want) & (labels >= 0))
-
-
-def _ranks(labels: Integers, seed: int | list[int]) -> tuple[Integers, Integers]:
-    """Each image's place [n] in a random order of its class, and its class's size [n]."""
-    keys = np.random.default_rng(seed).random(len(labels))
-    order = np.lexsort((keys, labels))
-    _, start, inverse, count = np.unique(
-        labels[order], return_index=True, return_inverse=True, return_counts=True
-    )
-    rank, sizes = np.empty((2, len(labels)), np.int64)
-    rank[order] = np.arange(len(labels)) - start[inverse]
-    sizes[order] = count[inverse]
-    return rank, sizes

@@ -20,7 +20,9 @@ class Optimizer:
     lr: float = 0.06
     """Learning rate at `lr_batch` images; see `lr_rule`."""
     lr_rule: Literal["constant", "linear", "sqrt"] = "linear"
-    """How the rate follows the global batch: rate × batch / lr_batch, × its square root, or not at all."""
+    """How the rate follows the global batch: rate × batch / lr_batch, × its square root, or not
+    at all.
+    """
     lr_batch: int = 256
     """The batch that `lr` was stated for."""
     momentum: float = 0.9
@@ -61,10 +63,11 @@ def schedule(progress: float, warmup: float, final: float = 0.0) -> float:
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rates: SGD with momentum whose step is scaled by trust · |w| / |g| per tensor.
+    """Layer-wise adaptive rates: SGD with momentum whose step is scaled by trust · |w| / |g| per
+    tensor.
 
-    Groups with `adapt=False` (biases, normalization) take plain SGD steps, as SimCLR's code excludes
-    them.  Source: arXiv 1708.03888, algorithm 1, with the decay inside the gradient.
+    Groups with `adapt=False` (biases, normalization) take plain SGD steps, as SimCLR's code
+    excludes them.  Source: arXiv 1708.03888, algorithm 1, with the decay inside the gradient.
     """
 
     def __init__(

@@ -119,6 +119,10 @@ def decoders(workers: int | None) -> Iterator[Executor]:
         raise InputError(
             "a decoding process was killed, for want of memory perhaps; try --data.workers 1"
         ) from None
+    except BaseException:
+        for child in multiprocessing.active_children():
+            child.terminate()  # whatever it is at
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

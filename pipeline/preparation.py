@@ -16,8 +16,6 @@ from pipeline.packed import Form, Packed, create, decoders, histogram, open_pack
 from pipeline.progress import progress
 from pipeline.runs import contest_folder, packed_file, sha256, write_json
 
-_MADE = "made_from.json"
-
 
 def pack_splits(
     layout: Layout, out: Mapping[str, Path], data: Data
@@ -104,20 +102,24 @@ def asked_for(layout: Layout, data: Data) -> dict[str, Any]:
 
 
 def is_rehearsal(layout: Layout, data: Data) -> bool:
-    """Whether the recipe says so, or the labels that only organizers know lie beside the contest."""
+    """Whether the recipe says so, or the organizers' labels lie beside the contest."""
     oracle = layout.root.with_name(f"{layout.root.name}.oracle.pt")
     return data.rehearsal or oracle.is_file()
 
 
+def _note(contest: str) -> Path:
+    return packed_file(contest, "train").with_name("made_from.json")
+
+
 def remember(contest: str, asked: Mapping[str, Any]) -> None:
-    """Note, beside the arrays, what they were made from; contest.json says nothing of one machine."""
+    """Note beside the arrays what they were made from, as it is on this machine alone."""
     made = {"asked": asked, "contest_sha256": sha256(contest_folder(contest) / "contest.json")}
-    write_json(packed_file(contest, "").with_name(_MADE), made)
+    write_json(_note(contest), made)
 
 
 def is_current(contest: str, asked: Mapping[str, Any], skip_bad: bool) -> bool:
     """Whether the contest was prepared from just this, without more skipped than is allowed."""
-    folder, note = contest_folder(contest), packed_file(contest, "").with_name(_MADE)
+    folder, note = contest_folder(contest), _note(contest)
     if not (folder / "contest.json").is_file() or not note.is_file():
         return False
     facts, made = json.loads((folder / "contest.json").read_text()), json.loads(note.read_text())

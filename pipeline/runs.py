@@ -1,4 +1,6 @@
-"""Where a run keeps what, and how every artefact can be trusted: written aside, renamed, provenance last."""
+"""Where a run keeps what, and how every artefact can be trusted: written aside, renamed,
+provenance last.
+"""
 
 import hashlib
 import importlib.metadata
@@ -64,12 +66,14 @@ def label_rounds(contest: Path, entry: Path) -> int:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` if the block ends well, and vanishes if not."""
+    """A temporary name beside `path` that becomes `path` if the block ends well, and vanishes if
+    not.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield aside
-        os.replace(aside, path)
+        aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -80,7 +84,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, made_by: str) -> Any:
-    """The JSON file at `path`; InputError, naming the command that makes it, where it is not there."""
+    """The JSON file at `path`; InputError, naming the command that makes it, where it is not
+    there.
+    """
     if not path.is_file():
         raise InputError(f"{path} is not there; `{made_by}` makes it")
     try:
@@ -103,7 +109,9 @@ def sha256(path: Path) -> str:
 
 @cache
 def _commit() -> str:
-    """The project's commit, with '-dirty' where tracked files differ from it; '' outside a checkout."""
+    """The project's commit, with '-dirty' where tracked files differ from it; '' outside a
+    checkout.
+    """
     here = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)

@@ -5,7 +5,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline import InputError
 from pipeline.batches import prefetch
 from pipeline.checkpoint import load_torch, save_torch
+from pipeline.feed import Feed
 from pipeline.optim import set_lr
+from pipeline.plan import Plan, plan_steps
 from pipeline.progress import progress
 from pipeline.runs import read_json, say, write_json
 from pipeline.views import matmul_dtype
@@ -27,7 +29,9 @@ _CALIBRATION = (2, 5)  # steps to warm up, steps to time, at each resolution
 
 
 def make_accelerator(precision: str, folder: Path) -> Accelerator:
-    """Accelerate's view of the machine, with TensorBoard scalars in `folder`; `auto` is bf16 or float32."""
+    """Accelerate's view of the machine, with TensorBoard scalars in `folder`; `auto` is bf16 or
+    float32.
+    """
     AcceleratorState._reset_state()  # a process may run several stages, each with its precision
     accelerator = Accelerator(log_with="tensorboard", project_dir=folder)
     if precision == "auto":
@@ -39,53 +43,12 @@ def make_accelerator(precision: str, folder: Path) -> Accelerator:
     return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=folder)
 
 
-def pixel_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The type of the images that a model is given under the accelerator's precision."""
-    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many steps are made at which resolution, one after the other."""
-
-    resolutions: list[int]
-    steps: list[int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.steps)
-
-    def resolution(self, step: int) -> int:
-        for size, steps in zip(self.resolutions, self.steps, strict=True):
-            if step < steps:
-                return size
-            step -= steps
-        return self.resolutions[-1]
-
-
-def plan_steps(
-    config: Any, images: int, resolutions: list[int], seconds: Callable[[int], float]
-) -> Plan:
-    """A budget in epochs, steps or minutes as steps; resolutions share it equally in its own unit.
-
-    `config` has the fields epochs, steps, minutes and batch_size; `seconds(resolution)` times one step
-    and is called for a budget in minutes only.
-    """
-    if config.minutes is not None:
-        share = 60 * config.minutes / len(resolutions)
-        return Plan(resolutions, [max(1, round(share / seconds(r))) for r in resolutions])
-    total = config.steps or max(1, round(config.epochs * images / config.batch_size))
-    ends = [round(total * (k + 1) / len(resolutions)) for k in range(len(resolutions))]
-    return Plan(resolutions, [b - a for a, b in zip([0, *ends], ends, strict=False)])
-
-
 @dataclass
 class Trainer:
     """Trains `module`, which maps inputs to a scalar loss and has before_update and after_update.
 
-    `fetch(step)` runs in a thread and brings a batch to the device; `make_inputs(fetched, step,
-    resolution)` turns it into the module's arguments.  `lr(progress)` is the rate, None leaves it to
-    `plateau`, which looks at the metric `watch` of `evaluate(step)`.
+    `lr(progress)` is the rate, None leaves it to `plateau`, which looks at the metric `watch` of
+    `evaluate()`; that is called `evals` times, evenly over the run.
     """
 
     module: nn.Module
@@ -93,13 +56,11 @@ class Trainer:
     accelerator: Accelerator
     folder: Path
     facts: dict[str, Any]
-    seed: int
-    fetch: Callable[[int], Any]
-    make_inputs: Callable[[Any, int, int], tuple[Any, ...]]
+    feed: Feed
     lr: Callable[[float], float] | None
     log_steps: int = 10
     checkpoint_minutes: float = 10.0
-    evaluate: Callable[[int], dict[str, float]] | None = None
+    evaluate: Callable[[], dict[str, float]] | None = None
     evals: int = 0
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
     watch: str = ""
@@ -121,10 +82,10 @@ class Trainer:
         """One step: the loss stays on the device, in `_losses`."""
         # dropout and the like become functions of the step too
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        torch.manual_seed((self.seed * 1_000_003 + step) * ranks + rank)
+        torch.manual_seed((self.feed.seed * 1_000_003 + step) * ranks + rank)
         if self.lr is not None:
             set_lr(self.optimizer, self.lr(along))
-        loss = self._wrapped(*self.make_inputs(fetched, step, resolution))
+        loss = self._wrapped(*self.feed.inputs(fetched, step, resolution))
         self.accelerator.backward(loss)
         self.module.before_update(along)  # type: ignore[operator]
         self._optimizer.step()
@@ -133,7 +94,9 @@ class Trainer:
         self._losses[step % self.log_steps] = loss.detach()
 
     def plan(self, config: Any, images: int, resolutions: list[int]) -> Plan:
-        """The plan of this run, written to plan.json before step 0 and read from there by a resumed run."""
+        """The plan of this run, written to plan.json before step 0 and read from there by a
+        resumed run.
+        """
         file = self.folder / "plan.json"
         if file.is_file():
             written = read_json(file, "make pretrain")
@@ -152,7 +115,7 @@ class Trainer:
         optimizer = self.optimizer.state_dict()
         warm, timed = _CALIBRATION
         times = []
-        for step, fetched in enumerate(prefetch(self.fetch, 0, warm + timed)):
+        for step, fetched in enumerate(prefetch(self.feed.fetch, 0, warm + timed)):
             began = time.perf_counter()
             self.step(fetched, step, resolution, 0.0)
             self._losses.sum().item()  # waits for the device
@@ -207,7 +170,8 @@ class Trainer:
     def _fail(self, step: int, what: str) -> None:
         last = "there is no checkpoint yet"
         if self.checkpoint.is_file():
-            last = f"the last good one is step {load_torch(self.checkpoint)['step']} in {self.checkpoint}"
+            good = load_torch(self.checkpoint)["step"]
+            last = f"the last good checkpoint is step {good} in {self.checkpoint}"
         raise InputError(
             f"{what} at step {step}; {last}. A smaller learning rate, a longer warm-up or "
             f"precision 'no' are the usual cures."
@@ -239,22 +203,21 @@ class Trainer:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
-    def fit(self, plan: Plan, what: str, unit_images: int) -> list[dict[str, float]]:
+    def fit(self, plan: Plan, what: str) -> list[dict[str, float]]:
         """Make the steps of `plan`, from the checkpoint where there is one; the history of the run.
 
         Ends with SystemExit (128 + signal) after SIGTERM or Ctrl-C, a checkpoint written.
         """
-        start, total = self.resume(), plan.total
+        start, total, batch = self.resume(), plan.total, self.feed.batch_size
         marks = {round(total * (k + 1) / self.evals) for k in range(self.evals)}
         hparams = {"tensorboard": {"purge_step": start}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=hparams)
         saved = tick = time.monotonic()
         self.module.train()
-        steps = prefetch(self.fetch, start, total)
-        units = "images"
         with (
             self._signals(),
-            progress(what, total * unit_images, units, start * unit_images) as advance,
+            closing(prefetch(self.feed.fetch, start, total)) as steps,
+            progress(what, total * batch, "images", start * batch) as advance,
         ):
             for step, fetched in enumerate(steps, start):
                 self.step(fetched, step, plan.resolution(step), step / total)
@@ -262,12 +225,12 @@ class Trainer:
                 stop = self._stop and self.accelerator.num_processes == 1
                 if done % self.log_steps == 0 or done == total or done in marks:
                     loss, told = self._read_losses(done)
-                    speed = unit_images * (done - self._logged) / (time.monotonic() - tick)
+                    speed = batch * (done - self._logged) / (time.monotonic() - tick)
                     rate = self.optimizer.param_groups[0]["lr"]
                     self._log(done, {"loss": loss, "lr": rate, "images_per_second": speed})
                     stop, note, self._logged = stop or told, f"loss {loss:.3f}", done
                     tick = time.monotonic()
-                advance(unit_images, note)
+                advance(batch, note)
                 if done in marks and self.evaluate is not None:
                     self._evaluate(done)
                     tick = time.monotonic()
@@ -278,7 +241,6 @@ class Trainer:
                     self.save(done)
                     saved = tick = time.monotonic()
                 if stop:
-                    steps.close()
                     say(f"stopped after step {done:,}; the same command goes on from there")
                     raise SystemExit(128 + (self._stop or signal.SIGTERM))
         self.accelerator.end_training()
@@ -291,15 +253,10 @@ class Trainer:
     def _evaluate(self, step: int) -> None:
         assert self.evaluate is not None
         self.module.eval()
-        values = self.evaluate(step)
+        values = self.evaluate()
         self.module.train()
         self._log(step, values)
         words = ", ".join(f"{k} {v:.2f}" for k, v in values.items())
         say(f"step {step:,}: {words}")
         if self.plateau is not None:
             self.plateau.step(values[self.watch])
-
-
-def channels_last(views: list[Tensor]) -> list[Tensor]:
-    """The memory layout that convolutions are fastest in."""
-    return [v.contiguous(memory_format=torch.channels_last) for v in views]

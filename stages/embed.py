@@ -1,21 +1,19 @@
 """Embed every split with the pretrained encoder.
 
-python -m stages.embed --recipe recipes/demo.yaml
-Reads runs/ENTRY/pretrain/encoder.safetensors and data/CONTEST/SPLIT.npy; writes runs/ENTRY/embeddings/
-SPLIT.npy, float32 [images, d] of unit length (rows of skipped images are zero).
+python -m stages.embed --recipe recipes/demo.yaml Reads runs/ENTRY/pretrain/encoder.safetensors and
+data/CONTEST/SPLIT.npy; writes runs/ENTRY/embeddings/ SPLIT.npy, float32 [images, d] of unit length
+(rows of skipped images are zero).
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from pipeline import config, runs
+from pipeline.checkpoint import load_tensors
 from pipeline.config import Recipe
-from pipeline.encoders import build_encoder
+from pipeline.encoders import build_encoder, features
 from pipeline.inference import predict_split
 from pipeline.manifest import load_contest
-from pipeline.checkpoint import load_tensors
 from pipeline.trainer import make_accelerator
 
 
@@ -45,9 +43,9 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     size = recipe.evaluate.resolution or meta["resolution"]
     for split in contest.splits:
         file = facts.folder / f"{split}.npy"
-        width, batch = int(encoder.num_features), recipe.evaluate.batch_size  # type: ignore[arg-type]
+        width, batch = features(encoder), recipe.evaluate.batch_size
         predict_split(encoder, contest, split, file, width, size, batch, unit=True)
-        runs.say(f"{file}: {contest.splits[split]['images']:,} × {encoder.num_features}")
+        runs.say(f"{file}: {contest.splits[split]['images']:,} × {width}")
     facts.finish(resolution=size)
     runs.say(f"wrote {facts.folder}; next: make evaluate")
 

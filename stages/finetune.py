@@ -1,30 +1,28 @@
-"""Train a classifier on every label there is: round K, K being the number of label files beyond train.
+"""Train a classifier on every label there is: round K, K being the number of label files beyond
+train.
 
-python -m stages.finetune --recipe recipes/demo.yaml
-Reads the pretrained encoder, data/CONTEST/SPLIT.npy and the label manifests (train.csv, requested-*.csv,
-the newest pseudo-K.csv); writes runs/ENTRY/finetune-K/{classifier.safetensors, logits/SPLIT.npy,
+python -m stages.finetune --recipe recipes/demo.yaml Reads the pretrained encoder,
+data/CONTEST/SPLIT.npy and the label manifests (train.csv, requested-*.csv, the newest
+pseudo-K.csv); writes runs/ENTRY/finetune-K/{classifier.safetensors, logits/SPLIT.npy,
 trained_on.csv, holdout.csv, report.txt, confusion.png, history.json, provenance.json}.
 """
 
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import classification_report
-from torch import Tensor
 
 from pipeline import InputError, config, runs
-from pipeline.batches import batch_at, slice_of
 from pipeline.checkpoint import load_tensors
-from pipeline.classifiers import Classifier, Supervised, build_head, freeze, probe, save_classifier
+from pipeline.classifiers import Classifier, build_head, freeze, probe, save_classifier
 from pipeline.config import Recipe
-from pipeline.distributed import synchronize_batch_norm
-from pipeline.encoders import build_encoder
+from pipeline.encoders import build_encoder, features
 from pipeline.figures import confusion
-from pipeline.inference import check_size, predict, predict_split
+from pipeline.finetuning import finetuner
+from pipeline.inference import check_size, predict_split
 from pipeline.manifest import (
     PSEUDO_LABELS,
     Contest,
@@ -34,10 +32,8 @@ from pipeline.manifest import (
     write_manifest,
 )
 from pipeline.metrics import top_k
-from pipeline.optim import build_optimizer, schedule
 from pipeline.outside import load_outside
-from pipeline.trainer import Trainer, make_accelerator, pixel_dtype
-from pipeline.views import make_views, uniforms
+from pipeline.trainer import make_accelerator
 
 
 @dataclass(frozen=True)
@@ -107,19 +103,25 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out"
     )
     encoder, spec = _encoder(recipe, pretrained)
-    size = c.resolution or contest.size[0]
+    size, width = c.resolution or contest.size[0], features(encoder)
     check_size(encoder, size)
-    classifier = Classifier(encoder, build_head(c.head, int(encoder.num_features), contest.classes))
+    classifier = Classifier(encoder, build_head(c.head, width, contest.classes))
     classifier.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if c.probe_first and c.head == "linear" and c.init != "scratch":
         probe(classifier, contest.pool(train), train.label, size, contest, recipe.evaluate.linear_c)
     freeze(encoder, c.train, c.blocks)
-    trainer = _trainer(recipe, contest, classifier, accelerator, facts, train, held, size)
+    seen = contest.manifest("val").usable() if c.monitor == "val" else held
+    trainer = finetuner(recipe, contest, classifier, accelerator, facts, train, seen, size)
     plan = trainer.plan(c, len(train), [size])
-    history = trainer.fit(plan, "finetune", c.batch_size)
+    history = trainer.fit(plan, "finetune")
     final = trainer.module.final()  # type: ignore[operator]
-    head = {"kind": c.head, "features": encoder.num_features, "classes": contest.classes}
-    metadata = {"encoder": spec, "head": head, "mean": contest.mean, "std": contest.std}
+    head = {"kind": c.head, "features": width, "classes": contest.classes}
+    metadata: dict[str, Any] = {
+        "encoder": spec,
+        "head": head,
+        "mean": contest.mean,
+        "std": contest.std,
+    }
     metadata |= {"resolution": size, "transfer": c.init == "outside"}
     for split in contest.splits:
         exact = split != "unlabeled"  # as the organizers compute
@@ -136,79 +138,6 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
             runs.say(f"{key}: {value}" if value is None else f"{key}: {value:.2f} %")
     runs.say(f"wrote {folder}; next: make pseudo-label, make label-request or make submit")
     return folder
-
-
-def _trainer(
-    recipe: Recipe,
-    contest: Contest,
-    classifier: Classifier,
-    accelerator: Any,
-    facts: runs.Run,
-    train: Manifest,
-    held: Manifest,
-    size: int,
-) -> Trainer:
-    c, pool, device = recipe.finetune, contest.pool(train), accelerator.device
-    module = Supervised(classifier, c.label_smoothing, c.ema)
-    synchronize_batch_norm(module.classifier, device)
-    modules = {
-        classifier.encoder: c.backbone_lr if c.init != "scratch" else 1.0,
-        classifier.head: 1.0,
-    }
-    optimizer = build_optimizer(c.optimizer, modules, c.batch_size)
-    lr = c.optimizer.scaled_lr(c.batch_size)
-    targets, dtype = torch.from_numpy(train.label), pixel_dtype(accelerator)
-    mine = slice_of(c.batch_size, accelerator.process_index, accelerator.num_processes)
-
-    def fetch(step: int) -> tuple[Tensor, Tensor]:
-        chosen = batch_at(len(pool), c.batch_size, recipe.seed, step)[mine]
-        images = torch.from_numpy(pool.gather(chosen))
-        return images.to(device, non_blocking=True), targets[chosen].to(device)
-
-    def inputs(fetched: tuple[Tensor, Tensor], step: int, resolution: int) -> tuple[Tensor, Tensor]:
-        u = uniforms(recipe.seed, step, c.batch_size, 1)[:, mine]
-        views = make_views(fetched[0], [c.view], u, resolution, contest.mean, contest.std, dtype)
-        return views[0].contiguous(memory_format=torch.channels_last), fetched[1]
-
-    seen = held
-    if c.monitor == "val":
-        seen = contest.manifest("val").usable()
-    evaluate = partial(_evaluate, module, contest, seen, size) if len(seen) else None
-    plateau = None
-    if c.schedule == "plateau":
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_factor"]
-        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=c.patience)
-    along = partial(schedule, warmup=c.optimizer.warmup, final=c.optimizer.final_lr)
-    return Trainer(
-        module,
-        optimizer,
-        accelerator,
-        facts.folder,
-        facts.facts,
-        recipe.seed,
-        fetch,
-        inputs,
-        None if plateau else lambda progress: lr * along(progress),
-        c.log_steps,
-        c.checkpoint_minutes,
-        evaluate,
-        c.evals if evaluate else 0,
-        plateau,
-        "heldout_loss",
-    )
-
-
-def _evaluate(
-    module: Supervised, contest: Contest, seen: Manifest, size: int, step: int
-) -> dict[str, float]:
-    """Loss and top-1 of the classifier so far on the images that are chosen by."""
-    logits = np.empty((len(seen), contest.classes), np.float32)
-    predict(
-        module.final(), contest.pool(seen), size, contest.mean, contest.std, logits, what="held out"
-    )
-    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(seen.label))
-    return {"heldout_loss": float(loss), "heldout_top1": top_k(logits, seen.label, [1])[1]}
 
 
 def _report(folder: Path, contest: Contest, held: Manifest) -> dict[str, float | None]:

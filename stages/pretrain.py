@@ -4,7 +4,8 @@ python -m stages.pretrain --recipe recipes/demo.yaml
 accelerate launch --num_processes 8 -m stages.pretrain --recipe recipes/simclr_r50.yaml
 
 Reads data_manifests/CONTEST/contest.json and data/CONTEST/SPLIT.npy; writes runs/ENTRY/pretrain/
-{encoder.safetensors, checkpoint.pt, plan.json, history.json, curve.png, tensorboard, provenance.json}.
+{encoder.safetensors, checkpoint.pt, plan.json, history.json, curve.png, tensorboard,
+provenance.json}.
 Stopped or killed and started again, it goes on from the last checkpoint.
 """
 
@@ -13,22 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline import InputError, config, runs
-from pipeline.batches import batch_at, slice_of
 from pipeline.checkpoint import save_tensors
 from pipeline.config import Recipe
 from pipeline.distributed import synchronize_batch_norm
-from pipeline.encoders import build_encoder
+from pipeline.encoders import build_encoder, features
+from pipeline.feed import Feed
 from pipeline.figures import curve
 from pipeline.inference import check_size, predict
 from pipeline.manifest import Contest, choose_labels, load_contest
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
 from pipeline.packed import Pool
-from pipeline.trainer import Trainer, channels_last, make_accelerator, pixel_dtype
-from pipeline.views import make_views, uniforms
+from pipeline.trainer import Trainer, make_accelerator
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     pool = Pool([(contest.packed(s), contest.usable(s)) for s in c.splits])
     if len(pool) < c.batch_size:
         raise InputError(
-            f"pretrain: {len(pool)} images in {', '.join(c.splits)} and a batch_size of {c.batch_size}; "
-            f"a batch no larger than the images is expected"
+            f"pretrain: {len(pool)} images in {', '.join(c.splits)} and a batch_size of "
+            f"{c.batch_size}; a batch no larger than the images is expected"
         )
     torch.manual_seed(recipe.seed)
     encoder = build_encoder(recipe.encoder.name, recipe.encoder.stem, **recipe.encoder.options)
@@ -64,40 +63,26 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         check_size(encoder, size)
     method = synchronize_batch_norm(c.method(encoder), accelerator.device)
     method = method.to(memory_format=torch.channels_last)
-    lr = c.optimizer.scaled_lr(c.batch_size)
-    mine = slice_of(c.batch_size, accelerator.process_index, accelerator.num_processes)
-    count, dtype = sum(view.count for view in c.views), pixel_dtype(accelerator)
-
-    def fetch(step: int) -> Tensor:
-        images = pool.gather(batch_at(len(pool), c.batch_size, recipe.seed, step)[mine])
-        return torch.from_numpy(images).to(accelerator.device, non_blocking=True)
-
-    def inputs(images: Tensor, step: int, resolution: int) -> tuple[list[Tensor]]:
-        u = uniforms(recipe.seed, step, c.batch_size, count)[:, mine]
-        views = make_views(images, c.views, u, resolution, contest.mean, contest.std, dtype)
-        return (channels_last(views),)
-
+    lr, rate = c.optimizer.scaled_lr(c.batch_size), c.optimizer
     trainer = Trainer(
-        method,
-        build_optimizer(c.optimizer, {method: 1.0}, c.batch_size),
-        accelerator,
-        folder,
-        facts.facts,
-        recipe.seed,
-        fetch,
-        inputs,
-        lambda along: lr * schedule(along, c.optimizer.warmup, c.optimizer.final_lr),
-        c.log_steps,
-        c.checkpoint_minutes,
-        _knn(recipe, contest, encoder) if "train" in contest.splits else None,
-        c.knn_evals,
+        module=method,
+        optimizer=build_optimizer(c.optimizer, {method: 1.0}, c.batch_size),
+        accelerator=accelerator,
+        folder=folder,
+        facts=facts.facts,
+        feed=Feed(pool, c.views, c.batch_size, recipe.seed, contest.mean, contest.std, accelerator),
+        lr=lambda along: lr * schedule(along, rate.warmup, rate.final_lr),
+        log_steps=c.log_steps,
+        checkpoint_minutes=c.checkpoint_minutes,
+        evaluate=_knn(recipe, contest, encoder) if "train" in contest.splits else None,
+        evals=c.knn_evals,
     )
     plan = trainer.plan(c, len(pool), c.resolutions)
     shares = ", ".join(
         f"{n:,} at {r} px" for r, n in zip(plan.resolutions, plan.steps, strict=True)
     )
     runs.say(f"{len(pool):,} images, {plan.total:,} steps of {c.batch_size} ({shares})")
-    history = trainer.fit(plan, "pretrain", c.batch_size)
+    history = trainer.fit(plan, "pretrain")
     if accelerator.is_main_process:
         metadata = {
             "encoder": asdict(recipe.encoder),
@@ -118,7 +103,9 @@ def _last(history: list[dict[str, float]], key: str) -> float | None:
 
 
 def _knn(recipe: Recipe, contest: Contest, encoder: torch.nn.Module) -> Any:
-    """kNN accuracy (k = 20, cosine, majority) of half of some labeled training images on the other half."""
+    """kNN accuracy (k = 20, cosine, majority) of half of some labeled training images on the
+    other half.
+    """
     c, labels = recipe.pretrain, contest.labels("train")
     known = contest.usable("train")
     known = known[labels[known] >= 0]
@@ -127,8 +114,8 @@ def _knn(recipe: Recipe, contest: Contest, encoder: torch.nn.Module) -> Any:
     rows = np.random.default_rng(recipe.seed).permutation(rows)
     pool, half = Pool([(contest.packed("train"), rows)]), len(rows) // 2
 
-    def evaluate(step: int) -> dict[str, float]:
-        x = np.empty((len(rows), int(encoder.num_features)), np.float32)  # type: ignore[arg-type]
+    def evaluate() -> dict[str, float]:
+        x = np.empty((len(rows), features(encoder)), np.float32)
         predict(encoder, pool, c.resolutions[-1], contest.mean, contest.std, x, what="kNN")
         y = labels[rows]
         score = knn_accuracy(x[:half], y[:half], x[half:], y[half:], 20)

@@ -22,7 +22,11 @@ class SmallEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8)
+            nn.Conv2d(3, 6, 3, 2),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3),
+            nn.BatchNorm2d(8),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +79,9 @@ def test_processes_equal_one_process(ranks: int, tmp_path: Path) -> None:
         got = torch.load(tmp_path / f"out.{rank}", weights_only=True)
         assert got.keys() == expected.keys()
         for key, value in expected.items():
-            torch.testing.assert_close(got[key], value, rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(
+                got[key], value, rtol=1e-9, atol=1e-12, msg=lambda m, k=key: f"{k}: {m}"
+            )
 
 
 def test_one_process_changes_nothing() -> None:

@@ -13,6 +13,7 @@ from pipeline.classifiers import Classifier, Supervised, build_head, freeze, loa
 from pipeline.encoders import build_encoder
 from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
 from pipeline.runs import read_json
+from pipeline.trainer import Trainer
 from stages import finetune, pretrain
 
 from .conftest import TINY
@@ -50,7 +51,9 @@ def test_a_round_learns_and_keeps_what_follows(pretrained: Path) -> None:
     for split in contest.splits:
         assert np.load(folder / "logits" / f"{split}.npy").shape == (contest.images(split), 4)
     logits = np.load(folder / "logits" / "val.npy")
-    assert scores["val_top1"] == pytest.approx(100 * (logits.argmax(1) == contest.labels("val")).mean())
+    assert scores["val_top1"] == pytest.approx(
+        100 * (logits.argmax(1) == contest.labels("val")).mean()
+    )
     classifier, meta = load_classifier(folder / "classifier.safetensors")
     x = torch.from_numpy(contest.packed("val")[:3].copy()).permute(0, 3, 1, 2) / 255
     x = (x - torch.tensor(contest.mean)[:, None, None]) / torch.tensor(contest.std)[:, None, None]
@@ -93,7 +96,9 @@ def test_what_is_frozen_does_not_move(pretrained: Path, train: str, moved: int) 
     before = load_tensors(Path("runs/f/pretrain/encoder.safetensors"))[0]
     folder = run(f"--finetune.train={train}", "--finetune.steps=3", "--finetune.head=mlp")
     after = load_tensors(folder / "classifier.safetensors")[0]
-    changed = {k.split(".")[0] for k, v in before.items() if not torch.equal(v, after[f"encoder.{k}"])}
+    changed = {
+        k.split(".")[0] for k, v in before.items() if not torch.equal(v, after[f"encoder.{k}"])
+    }
     expected: set[str] = {"layer4"} if train == "last" else set()
     if train != "all":
         assert changed == expected  # running statistics included
@@ -149,17 +154,19 @@ def test_outside_weights_are_marked_as_transfer(tiny_contest: Path) -> None:
     assert load_tensors(folder / "classifier.safetensors")[1]["transfer"] is True
 
 
-def test_a_resumed_round_is_bit_identical(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_round_is_bit_identical(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ["--finetune.ema=0.9", "--finetune.schedule=plateau", "--finetune.patience=0"]
     whole = load_torch(run(*options) / "checkpoint.pt")
-    step = finetune.Trainer.step
+    step = Trainer.step
 
     def stop_at(self: Any, fetched: Any, at: int, *rest: Any) -> None:
         step(self, fetched, at, *rest)
         self._stop = 15 if at == 12 else 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.Trainer, "step", stop_at)
+        patch.setattr(Trainer, "step", stop_at)
         with pytest.raises(SystemExit):
             run(*options, force=True)
     resumed = load_torch(run(*options) / "checkpoint.pt")

@@ -1,4 +1,6 @@
-"""Each method's loss against a slow transcription of its paper; the interface for every file found."""
+"""Each method's loss against a slow transcription of its paper; the interface for every file
+found.
+"""
 
 import math
 from importlib import import_module

@@ -11,7 +11,9 @@ from pipeline.optim import LARS, Optimizer, build_optimizer, parameter_groups, s
 
 
 def test_lars_equals_algorithm_1() -> None:
-    """arXiv 1708.03888: v ← m v + lr · λ · (∇ + β w), λ = η |w| / |∇ + β w|; here with decay in ∇."""
+    """arXiv 1708.03888: v ← m v + lr · λ · (∇ + β w), λ = η |w| / |∇ + β w|; here with decay in
+    ∇.
+    """
     model = nn.Linear(4, 3).double()
     groups = parameter_groups({model: 1.0}, weight_decay=0.1)
     optimizer = LARS(groups, lr=0.5, momentum=0.9, trust=0.02)

@@ -1,4 +1,6 @@
-"""The pretraining stage: resumed runs are bit-identical, signals and NaN stop it with nothing lost."""
+"""The pretraining stage: resumed runs are bit-identical, signals and NaN stop it with nothing
+lost.
+"""
 
 import random
 import signal
@@ -10,8 +12,8 @@ import torch
 
 from pipeline import InputError, config
 from pipeline.checkpoint import load_torch
+from pipeline.plan import Plan, plan_steps
 from pipeline.runs import read_json
-from pipeline.trainer import Plan, plan_steps
 from stages import embed, pretrain
 
 from .conftest import TINY
@@ -46,9 +48,11 @@ def wait_for_step(process, step: int, entry: str) -> None:  # type: ignore[no-un
 
 
 @pytest.mark.dist
-def test_a_run_killed_at_three_random_steps_ends_bit_identical(tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+def test_a_run_killed_at_three_random_steps_ends_bit_identical(
+    tiny_contest: Path, run_stage
+) -> None:  # type: ignore[no-untyped-def]
     run_stage("stages.pretrain", "--entry=whole", *OPTIONS)
-    rng = random.Random(time.time_ns())  # noqa: S311
+    rng = random.Random(time.time_ns())
     steps = sorted(rng.sample(range(1, STEPS - 4), 3))
     print("killed after steps", steps)
     for step in steps:
@@ -62,7 +66,9 @@ def test_a_run_killed_at_three_random_steps_ends_bit_identical(tiny_contest: Pat
     whole, killed = weights("whole"), weights("killed")
     assert whole.keys() == killed.keys()
     assert all(torch.equal(whole[k], killed[k]) for k in whole)
-    histories = [read_json(Path(f"runs/{e}/pretrain/history.json"), "") for e in ("whole", "killed")]
+    histories = [
+        read_json(Path(f"runs/{e}/pretrain/history.json"), "") for e in ("whole", "killed")
+    ]
     for a, b in zip(*histories, strict=True):
         a.pop("images_per_second", None), b.pop("images_per_second", None)
         assert a == b
@@ -71,7 +77,9 @@ def test_a_run_killed_at_three_random_steps_ends_bit_identical(tiny_contest: Pat
 
 @pytest.mark.dist
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_with_a_checkpoint(number: int, tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+def test_a_signal_ends_the_run_with_a_checkpoint(
+    number: int, tiny_contest: Path, run_stage
+) -> None:  # type: ignore[no-untyped-def]
     options = [*OPTIONS, "--pretrain.steps=100000", "--pretrain.checkpoint_minutes=60"]
     process = run_stage("stages.pretrain", "--entry=stopped", *options, wait=False)
     plan = Path("runs/stopped/pretrain/plan.json")
@@ -101,7 +109,7 @@ def test_a_nan_loss_stops_within_a_logging_interval(tiny_contest: Path) -> None:
     with pytest.raises(InputError) as error:  # every step is saved: the good ones stay
         run(*options)
     if Path("runs/bad/pretrain/checkpoint.pt").exists():
-        assert "the last good one is step" in str(error.value)
+        assert "the last good checkpoint is step" in str(error.value)
         state = weights("bad")
         assert all(v.isfinite().all() for v in state.values() if v.is_floating_point())
 
@@ -138,7 +146,9 @@ def test_plans_share_the_budget() -> None:
 
 
 def test_too_few_images_for_a_batch_are_one_clear_line(tiny_contest: Path) -> None:
-    with pytest.raises(InputError, match=r"pretrain: 144 images in unlabeled, train and a batch_size"):
+    with pytest.raises(
+        InputError, match=r"pretrain: 144 images in unlabeled, train and a batch_size"
+    ):
         run(*OPTIONS, "--pretrain.batch_size=145")
 
 

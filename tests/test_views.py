@@ -1,4 +1,6 @@
-"""Views against Pillow and torchvision: each operation alone, then their distribution on real images."""
+"""Views against Pillow and torchvision: each operation alone, then their distribution on real
+images.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from pipeline import InputError
-from pipeline.views import WHOLE, View, _parameters, crop_boxes, make_views, uniforms
+from pipeline.view_maps import crop_boxes
+from pipeline.views import WHOLE, View, make_views, parameters, uniforms
 
 OFF = {
     "crop_p": 0,
@@ -33,7 +36,7 @@ def smooth_images(n: int = 6, size: int = 48) -> np.ndarray:
 def one_view(images: np.ndarray, spec: View, size: int, seed: int = 0) -> tuple[torch.Tensor, dict]:
     u = uniforms(seed, 3, len(images), 1)
     x = make_views(torch.from_numpy(images), [spec], u, size, (0, 0, 0), (1, 1, 1), torch.float32)
-    return x[0], _parameters(spec, u[0], *images.shape[1:3])
+    return x[0], parameters(spec, u[0], *images.shape[1:3])
 
 
 def as_float(images: list[Image.Image]) -> torch.Tensor:
@@ -146,7 +149,7 @@ def test_an_operation_with_probability_zero_is_off(name: str) -> None:
     full = View(1, rotation_p=0.5, solarize_p=0.5)
     without = View(1, **({"rotation_p": 0.5, "solarize_p": 0.5} | {f"{name}_p": 0}))
     u = uniforms(0, 0, 400, 1)[0]
-    a, b = _parameters(full, u, 96, 96), _parameters(without, u, 96, 96)
+    a, b = parameters(full, u, 96, 96), parameters(without, u, 96, 96)
     own = {
         "crop": "boxes",
         "rotation": "degrees",
@@ -166,7 +169,7 @@ def test_uniforms_are_a_function_of_seed_step_and_place() -> None:
 
 def test_crop_area_and_aspect_are_distributed_as_torchvisions() -> None:
     u = uniforms(0, 0, 20_000, 1)[0]
-    ours = crop_boxes(View(), u, 96, 96)
+    ours = crop_boxes(u, 1.0, (0.08, 1.0), (3 / 4, 4 / 3), 96, 96)
     image = torch.zeros(3, 96, 96)
     torch.manual_seed(0)
     theirs = np.array(
@@ -207,7 +210,7 @@ def test_distribution_on_real_images_is_torchvisions(real_images: np.ndarray) ->
     u = uniforms(0, 0, len(real_images), 1)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     ours = make_views(torch.from_numpy(real_images), [spec], u, 96, mean, std)[0].float()
-    p = _parameters(spec, u[0], 96, 96)
+    p = parameters(spec, u[0], 96, 96)
     theirs = torch.stack([reference(real_images[k], p, k, 96) for k in range(len(real_images))])
     dims = (0, 2, 3)
     assert (ours.mean(dims) / theirs.mean(dims) - 1).abs().max() < 0.02

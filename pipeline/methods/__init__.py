@@ -1,4 +1,6 @@
-"""Pretraining methods: one file each, its class a subclass of `Method`; the file is the registration."""
+"""Pretraining methods: one file each, its class a subclass of `Method`; the file is the
+registration.
+"""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -8,9 +8,9 @@ from pipeline.distributed import gather
 class Method(nn.Module):
     """An encoder, what it is trained with, and a loss over the global batch.
 
-    Projection and loss are apart because every batch-coupled loss needs that: for negatives from other
-    processes and for batches larger than the memory.  The loop is
-    forward → backward → before_update → optimizer.step → after_update.
+    Projection and loss are apart because every batch-coupled loss needs that: for negatives from
+    other processes and for batches larger than the memory.  The loop is forward → backward →
+    before_update → optimizer.step → after_update.
     """
 
     encoder: nn.Module

@@ -1,17 +1,22 @@
-"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (arXiv 2002.05709)."""
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (arXiv
+2002.05709).
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.encoders import features
 from pipeline.methods.base import Method
 
 
 def nt_xent(projections: Tensor, temperature: float) -> Tensor:
-    """Normalized temperature-scaled cross entropy (section 2.1, equation 1), averaged over all v·b views.
+    """Normalized temperature-scaled cross entropy (section 2.1, equation 1), averaged over all v·b
+    views.
 
-    `projections` [v, b, d] need no normalization.  The positives of a view are the other views of its
-    image; with two views this is the paper's loss, with more the mean over positives of the same term.
+    `projections` [v, b, d] need no normalization.  The positives of a view are the other views of
+    its image; with two views this is the paper's loss, with more the mean over positives of the
+    same term.
     """
     v, b, _ = projections.shape
     z = F.normalize(projections.flatten(0, 1), dim=1)  # [v * b, d]
@@ -37,11 +42,11 @@ class SimCLR(Method):
         """
         super().__init__()
         self.encoder, self.temperature = encoder, temperature
-        features = int(encoder.num_features)  # type: ignore[arg-type]
-        hidden = hidden or features
+        width = features(encoder)
+        hidden = hidden or width
         # Batch normalization in the head as in the authors' code (tf2/model.py, ProjectionHead).
         self.projector = nn.Sequential(
-            nn.Linear(features, hidden, bias=False),
+            nn.Linear(width, hidden, bias=False),
             nn.BatchNorm1d(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, output, bias=False),
@@ -52,7 +57,7 @@ class SimCLR(Method):
         sizes = {view.shape[-1] for view in views}
         if len(sizes) == 1:  # all views in one batch, as in the authors' code
             z = self.projector(self.encoder(torch.cat(views)))  # [v * b, d]
-            return z.unflatten(0, (len(views), -1))
+            return z.unflatten(0, (len(views), -1))  # type: ignore[no-any-return]
         return torch.stack([self.projector(self.encoder(view)) for view in views])
 
     def loss(self, projections: Tensor) -> Tensor:

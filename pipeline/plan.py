@@ -1,0 +1,40 @@
+"""A budget in epochs, steps or minutes as a number of steps at each resolution."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps are made at which resolution, one after the other."""
+
+    resolutions: list[int]
+    steps: list[int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.steps)
+
+    def resolution(self, step: int) -> int:
+        for size, steps in zip(self.resolutions, self.steps, strict=True):
+            if step < steps:
+                return size
+            step -= steps
+        return self.resolutions[-1]
+
+
+def plan_steps(
+    config: Any, images: int, resolutions: list[int], seconds: Callable[[int], float]
+) -> Plan:
+    """A budget in epochs, steps or minutes as steps; resolutions share it equally in its own unit.
+
+    `config` has the fields epochs, steps, minutes and batch_size; `seconds(resolution)` times one
+    step and is called for a budget in minutes only.
+    """
+    if config.minutes is not None:
+        share = 60 * config.minutes / len(resolutions)
+        return Plan(resolutions, [max(1, round(share / seconds(r))) for r in resolutions])
+    total = config.steps or max(1, round(config.epochs * images / config.batch_size))
+    ends = [round(total * (k + 1) / len(resolutions)) for k in range(len(resolutions))]
+    return Plan(resolutions, [b - a for a, b in zip([0, *ends], ends, strict=False)])

@@ -1,0 +1,139 @@
+"""The maps that views are made of, each for a whole batch: crop, resize, blur, color, rotation."""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Range = tuple[float, float]
+Uniforms = npt.NDArray[np.float32]
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow and torchvision
+CROP_TRIES = 10  # as in torchvision's RandomResizedCrop
+
+
+def between(u: Uniforms, low_high: Range) -> Uniforms:
+    low, high = low_high
+    return low + (high - low) * u
+
+
+def crop_boxes(
+    u: Uniforms, p: float, scale: Range, ratio_range: Range, height: int, width: int
+) -> Uniforms:
+    """Crops as [b, 4] rows of (top, left, height, width) in whole pixels, drawn as by torchvision.
+
+    `u` is [b, draws].  Ten tries at area and aspect ratio; if none fits, the largest central crop.
+    """
+    b = len(u)
+    area = height * width * between(u[:, :CROP_TRIES], scale)
+    low, high = math.log(ratio_range[0]), math.log(ratio_range[1])
+    ratio = np.exp(between(u[:, CROP_TRIES : 2 * CROP_TRIES], (low, high)))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (w >= 1) & (w <= width) & (h >= 1) & (h <= height)
+    first, rows = fits.argmax(1), np.arange(b)
+    w, h = w[rows, first], h[rows, first]
+    top = np.floor(u[:, 20] * (height - h + 1))
+    left = np.floor(u[:, 21] * (width - w + 1))
+    boxes = np.stack([top, left, h, w], 1)
+    aspect = min(max(width / height, ratio_range[0]), ratio_range[1])
+    fw = min(width, round(height * aspect))
+    fh = min(height, round(width / aspect))
+    boxes[~fits.any(1)] = [(height - fh) // 2, (width - fw) // 2, fh, fw]
+    boxes[u[:, 22] >= p] = [0, 0, height, width]
+    return boxes.astype(np.float32)
+
+
+def resize_matrices(start: Tensor, length: Tensor, inputs: int, outputs: int) -> Tensor:
+    """Antialiased bilinear resampling of [start, start + length) to `outputs` pixels.
+
+    The result is [b, outputs, inputs].
+    Pillow's triangle filter (`ImagingResample`): its support grows with the reduction, and it never
+    reads outside the crop.
+    """
+    device = start.device
+    scale = (length / outputs)[:, None]
+    per_support = scale.clamp_min(1).reciprocal()
+    center = (torch.arange(outputs, device=device) + 0.5) * scale * per_support
+    offset = torch.arange(inputs, device=device) - start[:, None]
+    inside = (offset >= 0) & (offset < length[:, None])
+    position = torch.where(inside, (offset + 0.5) * per_support, torch.inf)
+    weights = (position[:, None, :] - center[:, :, None]).abs_().neg_().add_(1).clamp_min_(0)
+    return weights.mul_(weights.sum(2, keepdim=True).reciprocal_())
+
+
+def blur_matrices(sigma: Tensor, size: int) -> Tensor:
+    """Gaussian blur, the edge pixel repeated outside, as [b, size, size]; sigma 0 is the
+    identity.
+    """
+    distance = torch.arange(1 - size, size + 1, device=sigma.device) - 0.5  # of pixel borders
+    below = torch.special.ndtr(distance / sigma.clamp_min(1e-3)[:, None])  # [b, 2 * size]
+    kernel = below.diff(dim=1)  # weight of the pixel at distance 1 - size … size - 1
+    # Row i is kernel[size - 1 - i :][:size]: windows of the kernel, from the last to the first.
+    matrix = kernel.unfold(1, size, 1).flip(1)
+    # what falls outside is folded onto the first and the last pixel
+    matrix[:, :, 0] = below[:, 1 : size + 1].flip(1)
+    matrix[:, :, -1] = 1 - below[:, size - 1 : 2 * size - 1].flip(1)
+    return matrix  # type: ignore[no-any-return]
+
+
+def hue_matrices(turns: Tensor) -> Tensor:
+    """Rotation of color space about the gray axis, [b, 3, 3]; a third of a turn makes red green."""
+    angle = 2 * math.pi * turns[:, None, None]
+    mean = torch.full((3, 3), 1 / 3, device=turns.device)
+    eye = torch.eye(3, device=turns.device)
+    cross = (eye.roll(1, 0) - eye.roll(-1, 0)) / math.sqrt(3)
+    return mean + torch.cos(angle) * (eye - mean) + torch.sin(angle) * cross
+
+
+def color_steps(factors: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Brightness, contrast, saturation and hue as color matrices, in each image's own order.
+
+    `factors` [b, 4], `order` [b, 4] (a permutation of 0..3 in each row).  Returns the matrices
+    [4, b, 3, 3] and the shares [4, b, 1] of the mean gray that a step adds (for contrast).
+    """
+    b, device = len(factors), factors.device
+    luma, eye = torch.tensor(_LUMA, device=device), torch.eye(3, device=device)
+    bright, contrast, saturation, turns = factors.T[:, :, None, None]
+    hue = hue_matrices(turns.view(b))
+    maps = [bright * eye, contrast * eye, saturation * eye + (1 - saturation) * luma, hue]
+    matrices = torch.stack([m.expand(b, 3, 3) for m in maps], 1)
+    matrices = matrices.gather(1, order[:, :, None, None].expand(-1, -1, 3, 3))
+    pivots = torch.where(order == 1, 1 - contrast.view(b, 1), 0)
+    return matrices.transpose(0, 1), pivots.T[:, :, None]
+
+
+def compose(matrices: Tensor, pivots: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps of `color_steps` as one affine map of images whose mean color is `means` [b, 3]."""
+    b, device = len(means), means.device
+    luma = torch.tensor(_LUMA, device=device)
+    matrix, offset = (
+        torch.eye(3, device=device).expand(b, 3, 3),
+        torch.zeros(b, 3, 1, device=device),
+    )
+    for step, pivot in zip(matrices, pivots, strict=True):
+        mean_gray = luma @ (matrix @ means[:, :, None] + offset)  # [b, 1]
+        matrix, offset = step @ matrix, step @ offset + (pivot * mean_gray)[:, :, None]
+    return matrix, offset
+
+
+def recolor(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """The color operations on x [b, 3, n] from 0 to 1, clamped after two of them and at the end."""
+    matrices, pivots = color_steps(p["factors"], p["order"])
+    luma, eye = torch.tensor(_LUMA, device=x.device), torch.eye(3, device=x.device)
+    matrix, offset = compose(matrices[:2], pivots[:2], x.mean(2))
+    x = torch.bmm(matrix, x).add_(offset).clamp_(0, 1)
+    matrix, offset = compose(matrices[2:], pivots[2:], x.mean(2))
+    gray = p["gray"][:, None, None]
+    to_gray = gray * luma + (1 - gray) * eye
+    return torch.bmm(to_gray @ matrix, x).add_(to_gray @ offset).clamp_(0, 1)
+
+
+def rotate(images: Tensor, degrees: Tensor) -> Tensor:
+    """Bilinear rotation about the center, counter-clockwise, black outside; [b, 3, s, s]."""
+    angle = torch.deg2rad(degrees)
+    cos, sin, zero = torch.cos(angle), torch.sin(angle), torch.zeros_like(angle)
+    theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)

@@ -1,0 +1,360 @@
+"""rehearse: the same contests, answers and scores as the organizers' own programs."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import InputError, organizers, runs, sources
+from pipeline.organizers import Refused, Shape
+from stages import rehearse
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An image folder of three classes, 9 + 4 images each; the working directory is its parent."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 9), ("val", 4)):
+        for name in "cab":
+            folder = Path("images") / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                pixels = rng.integers(0, 256, (14, 18, 3), np.uint8)
+                mode = ("RGB", "L", "P")[n % 3]
+                Image.fromarray(pixels).convert(mode).save(folder / f"{n}.png")
+    return Path("images")
+
+
+def ours(*argv: object) -> SimpleNamespace:
+    """What `python -m stages.rehearse …` prints, and its exit code."""
+    command = [sys.executable, "-m", "stages.rehearse", *map(str, argv)]
+    return _finish(command, os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def theirs(program: Path, *argv: object) -> SimpleNamespace:
+    return _finish([sys.executable, str(program), *map(str, argv)], dict(os.environ))
+
+
+def _finish(command: list[str], environment: dict[str, str]) -> SimpleNamespace:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def make(*argv: object) -> None:
+    arguments = rehearse.parse(["make", *map(str, argv)])
+    arguments.run(arguments)
+
+
+SMALL = ("--per-class", 3, "--val-per-class", 2, "--size", 12, "--max-unlabeled-per-class", 5)
+
+
+@pytest.mark.parametrize("options", [SMALL, ("--size", 8, "--per-class", 4, "--seed", 7)])
+def test_a_contest_equals_the_organizers(images: Path, shared: Path, options: tuple, capsys):
+    make("--source", images, "--out", "mine", *options)
+    program = shared / "contest" / "make_contest.py"
+    done = theirs(program, images, "yours", *options)
+    assert done.code == 0, done.err
+    assert capsys.readouterr().out.startswith(done.out)
+    files = sorted(p.relative_to("yours") for p in Path("yours").rglob("*"))
+    assert sorted(p.relative_to("mine") for p in Path("mine").rglob("*")) == files
+    assert sum(p.suffix == ".png" for p in files) > 20
+    tensors = [p for p in files if p.suffix == ".pt"]
+    assert len(tensors) == 2
+    for file in (p for p in files if p.suffix == ".png"):
+        assert (Path("mine") / file).read_bytes() == (Path("yours") / file).read_bytes()
+    pairs = [(Path("mine") / p, Path("yours") / p) for p in tensors]
+    for a, b in [*pairs, (Path("mine.oracle.pt"), Path("yours.oracle.pt"))]:
+        mine, yours = torch.load(a, weights_only=True), torch.load(b, weights_only=True)
+        assert mine.dtype == yours.dtype
+        assert torch.equal(mine, yours)
+
+
+def test_a_contest_is_made_in_a_folder_that_is_empty(images: Path, shared: Path):
+    Path("out").mkdir()
+    make("--source", images, "--out", "out", *SMALL)
+    program = shared / "contest" / "make_contest.py"
+    yours = theirs(program, images, "out", *SMALL)
+    mine = ours("make", "--source", images, "--out", "out", *SMALL)
+    assert (yours.code, yours.err) == (1, "out is not empty\n")
+    assert (mine.code, mine.err) == (1, "error: out is not empty\n")
+
+
+REQUESTS = {
+    "commas": "3.png,\n0.png,\n7.png",
+    "names": "3.png\n0.png\n7.png\n",
+    "numbers": "\n3\n\n0\n07\n",
+    "a header": "index\n3\n0\n7\n",
+    "too few": "3\n0\n",
+    "twice": "3\n0\n3\n",
+    "twice, otherwise written": "3\n0\n003.png,\n",
+    "beyond": "3\n0\n10\n",
+    "negative": "3\n-1\n0\n",
+    "two in a row": "3,0\n7\n1\n",
+    "nothing": "",
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_answers_equal_the_organizers(name: str, shared: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("request_07.csv").write_text(REQUESTS[name])
+    torch.save(torch.tensor([5, 1, 4, 2, 0, 0, 3, 9, 8, 7]), "oracle.pt")
+    argv = ["request_07.csv", "oracle.pt", "3", "label_07.pt"]
+    yours = theirs(shared / "contest" / "answer_request.py", *argv)
+    expected = Path("label_07.pt").exists() and torch.load("label_07.pt", weights_only=True)
+    Path("label_07.pt").unlink(missing_ok=True)
+    monkeypatch.setattr(sys, "argv", ["rehearse", "answer", *argv])
+    code: object = 0
+    try:
+        rehearse.main()
+    except SystemExit as end:
+        code = end.code
+    mine = capsys.readouterr()
+    assert (code, mine.out, mine.err) == (yours.code, yours.out, yours.err)
+    if yours.code == 0:
+        found = torch.load("label_07.pt", weights_only=True)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, expected)
+    else:
+        assert not Path("label_07.pt").exists()
+        assert "refused" in mine.err
+
+
+@pytest.mark.parametrize("oracle", [torch.arange(5.0), [1, 2], torch.zeros(2, 2).long()])
+def test_an_oracle_that_is_no_label_tensor_is_refused(oracle: object, tmp_path: Path):
+    torch.save(oracle, tmp_path / "oracle.pt")
+    (tmp_path / "request.csv").write_text("1\n")
+    files = [str(tmp_path / n) for n in ("request.csv", "oracle.pt")]
+    arguments = rehearse.parse(["answer", *files, "1", str(tmp_path / "out.pt")])
+    with pytest.raises(InputError, match=r"oracle\.pt: one int64 label for each unlabeled image"):
+        arguments.run(arguments)
+
+
+SUBMISSION = """
+import torch
+from torch import nn
+team_id, team_name, email_address = 7, "ours", "us@example.org"
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(12 * 12 * 3, 3)
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+def get_model():
+    return Net()
+def eval_transform(image):
+    assert image.mode == "RGB"
+    return torch.tensor(list(image.tobytes())).float().view(12, 12, 3) / 255 - 0.5
+"""
+
+
+@pytest.fixture
+def submission(images: Path) -> Path:
+    """A contest in contest/ and a submission to it."""
+    make("--source", images, "--out", "contest", *SMALL)
+    folder = Path("submission")
+    folder.mkdir()
+    (folder / "submission.py").write_text(SUBMISSION)
+    weights = {"linear.weight": torch.randn(3, 432), "linear.bias": torch.zeros(3)}
+    torch.save(weights, folder / "model.pth")
+    return folder
+
+
+def both(shared: Path, *argv: object) -> tuple[SimpleNamespace, SimpleNamespace]:
+    return ours("score", *argv), theirs(shared / "contest" / "evaluate.py", *argv)
+
+
+def test_scores_equal_the_organizers(submission: Path, shared: Path):
+    mine, yours = both(shared, submission, "contest")
+    assert yours.code == 0, yours.err
+    assert (mine.code, mine.out) == (0, yours.out)
+    found = organizers.score(submission, Path("contest"))
+    assert found == json.loads(yours.out.splitlines()[-1]) | {"team": yours.out.splitlines()[0]}
+    assert found["images"] == 6
+    argv = ["--split", "train", "--labels", "other.pt", "--checkpoint", "submission/model.pth"]
+    torch.save(torch.zeros(9, dtype=torch.int64), "other.pt")
+    mine, yours = both(shared, submission, "contest", *argv)
+    assert (mine.code, mine.out) == (yours.code, yours.out)
+    assert '"images": 9' in yours.out
+
+
+@pytest.mark.parametrize("rule", ["no program", "no checkpoint", "no name", "wrong shape"])
+def test_refusals_equal_the_organizers(submission: Path, shared: Path, rule: str):
+    program = submission / "submission.py"
+    if rule == "no program":
+        program.unlink()
+    elif rule == "no checkpoint":
+        (submission / "model.pth").unlink()
+    elif rule == "no name":
+        program.write_text(SUBMISSION.replace("team_name", "team"))
+    else:
+        program.write_text(SUBMISSION.replace("(x.flatten(1))", "(x.flatten(1))[:1]"))
+    mine, yours = both(shared, submission, "contest")
+    assert yours.out.startswith("refused: ")
+    assert (mine.code, mine.out) == (yours.code, yours.out)
+
+
+@pytest.mark.parametrize("line", ["import pipeline", "import stages.embed", "open('secret')"])
+def test_a_submission_cannot_reach_the_entrants_files(submission: Path, line: str):
+    Path("secret").write_text("here")
+    program = submission / "submission.py"
+    program.write_text(f"{line}\n{SUBMISSION}")
+    kind = "FileNotFoundError" if "secret" in line else "ModuleNotFoundError"
+    with pytest.raises(InputError, match=f"submission: the evaluation fails: {kind}: "):
+        organizers.score(submission, Path("contest"))
+
+
+class Malicious:
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {tempfile.gettempdir()}/ran-{os.getpid()}",)
+
+
+def test_a_checkpoint_that_runs_programs_is_refused(submission: Path):
+    torch.save({"linear.bias": Malicious()}, submission / "model.pth")
+    with pytest.raises(InputError, match="the evaluation fails: "):
+        organizers.score(submission, Path("contest"))
+    assert not Path(tempfile.gettempdir(), f"ran-{os.getpid()}").exists()
+
+
+def test_a_submission_that_hangs_runs_out_of_time(submission: Path):
+    (submission / "submission.py").write_text("import time\ntime.sleep(60)\n")
+    with pytest.raises(InputError, match="submission: no score within 3 seconds"):
+        organizers.score(submission, Path("contest"), timeout=3)
+
+
+def test_refusals_are_input_errors_with_the_organizers_words():
+    oracle = np.arange(9)
+    assert organizers.answer([3, 0], oracle, 2).tolist() == [3, 0]
+    with pytest.raises(Refused, match="^refused: image 9 does not exist$"):
+        organizers.answer([3, 9], oracle, 2)
+    with pytest.raises(Refused, match="^refused: row 2 is 'x'$"):
+        organizers.read_request("1\nx\n")
+    with pytest.raises(Refused, match="^refused: row 1 is '9"):
+        organizers.read_request("9" * 5000)
+
+
+def test_class_folders_alone_give_a_share_to_val(images: Path, capsys):
+    source = sources.read_folder(images / "train", val_per_class=50, seed=1)
+    assert [len(own) for own in source.held] == [1, 1, 1]  # a fifth of nine at most
+    assert [len(own) for own in source.train] == [8, 8, 8]
+    again = sources.read_folder(images / "train", val_per_class=50, seed=1)
+    assert [own[0].args for own in again.held] == [own[0].args for own in source.held]
+    drawn = {opener.args[0] for part in (source.train, source.held) for o in part for opener in o}
+    assert drawn == set((images / "train").rglob("*.png"))
+    make("--source", images / "train", "--out", "out", *SMALL)
+    assert "images/train has no train/: 3 of its images are drawn as val" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("rm -r images", "images is no folder; an image folder, cifar10, cifar100, stl10, oxford"),
+        ("rm -r images/val", "images holds train/ but neither val/ nor test/; one is expected"),
+        ("rm -r images/val/b", "images/val lacks b/; the classes of train/ are expected"),
+        ("rm images/train/b/*", "images/train/b holds no images"),
+        ("rm -r images/train/*", "images/train holds no class folders; CLASS/* is expected"),
+        ("echo x > images/train/b/3.png", "images/train/b/3.png is no readable image (cannot"),
+    ],
+)
+def test_a_bad_source_is_one_line_and_leaves_nothing(images: Path, spoil: str, message: str):
+    subprocess.run(spoil, shell=True, check=True)
+    with pytest.raises(InputError) as raised:
+        make("--source", images, "--out", "out", *SMALL)
+    assert str(raised.value).startswith(message)
+    assert not Path("out").exists()
+    assert not list(Path().glob(".*tmp"))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "oxford-iiit-pet"])
+def test_a_download_that_fails_is_one_clear_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import urllib.request
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
+    with pytest.raises(InputError) as raised:
+        make("--source", name, "--out", tmp_path / "out", "--downloads", tmp_path / "kept")
+    message = str(raised.value)
+    assert message.startswith(f"cannot download {name} (")
+    assert message.endswith(" or name an image folder")
+    assert f"): put it in {tmp_path}/kept/" in message
+    assert "\n" not in message
+
+
+def test_a_named_data_set_becomes_a_contest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from torchvision import datasets
+
+    class Fake:
+        def __init__(self, folder: Path, train: bool, download: bool) -> None:
+            self.targets = [n % 2 for n in range(12 if train else 6)]
+
+        def __getitem__(self, n: int) -> tuple[Image.Image, int]:
+            return Image.new("RGB", (6, 6), (n, self.targets[n], 0)), self.targets[n]
+
+    monkeypatch.setattr(datasets, "CIFAR10", Fake)
+    out = tmp_path / "out"
+    options = ("--downloads", tmp_path / "kept", *SMALL)
+    make("--source", "cifar10", "--out", out, *options)
+    labels = torch.load(out / "train_label_tensor.pt", weights_only=True)
+    assert torch.bincount(labels).tolist() == [3, 3]
+    for n, label in enumerate(labels.tolist()):
+        assert Image.open(out / "train" / f"{n}.png").getpixel((0, 0))[1] == label
+    assert len(list((out / "unlabeled").iterdir())) == 6
+
+
+def test_a_generated_contest_has_the_asked_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def generate(
+        split: str, classes: int, per_class: int, size: int, seed: int
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        asked.append((split, per_class, seed))
+        for n in range(classes * per_class):
+            label = n % classes
+            yield np.full((size, size, 3), 10 * label + (split == "val"), np.uint8), label
+
+    fake = SimpleNamespace(make=generate)
+    monkeypatch.setitem(sys.modules, "pipeline.synthetic", fake)
+    out = tmp_path / "out"
+    make("--source", "synthetic", "--out", out, "--classes", 4, *SMALL)
+    assert asked == [("train", 8, 2021), ("val", 2, 2021)]
+    for split, per_class in (("train", 3), ("val", 2)):
+        labels = torch.load(out / f"{split}_label_tensor.pt", weights_only=True)
+        assert torch.bincount(labels).tolist() == [per_class] * 4
+        for n, label in enumerate(labels.tolist()):
+            pixel = Image.open(out / split / f"{n}.png").getpixel((5, 5))[0]
+            assert pixel == 10 * label + (split == "val")
+    assert torch.bincount(torch.load(f"{out}.oracle.pt", weights_only=True)).tolist() == [5] * 4
+
+
+def test_an_interrupted_contest_is_not_there(images: Path, monkeypatch: pytest.MonkeyPatch):
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(organizers, "save_torch", stop)
+    source = sources.read_folder(images, 2, 0)
+    with pytest.raises(KeyboardInterrupt):
+        organizers.make_contest(source, Path("out"), Shape(2, 2, 2, 8), 0)
+    assert sorted(p.name for p in Path().iterdir()) == ["images"]
+
+
+def test_the_stage_ends_a_mistake_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rehearse", "make", "--source", "none", "--out", "x"])
+    with pytest.raises(SystemExit) as end:
+        runs.stage(rehearse.main)
+    assert str(end.value.code).startswith("error: none is no folder; an image folder, cifar10")
