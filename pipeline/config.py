@@ -25,16 +25,14 @@ _BUDGETS = ("epochs", "steps", "minutes")
 
 def _one_budget(section: str, config: Any) -> None:
     given = [b for b in _BUDGETS if getattr(config, b) is not None]
-    if len(given) != 1:
-        names = ", ".join(given) or "none"
+    if len(given) > 1:
         raise InputError(
-            f"{section}: a budget is one of epochs, steps and minutes; {names} is given; "
-            f"set the others to null"
+            f"{section}: one of epochs, steps and minutes is expected as a budget; "
+            f"{' and '.join(given)} are given; set the others to null"
         )
-    if getattr(config, given[0]) <= 0:
-        raise InputError(
-            f"{section}: {given[0]} is {getattr(config, given[0])}; above 0 is expected"
-        )
+    if given and getattr(config, given[0]) <= 0:
+        value = getattr(config, given[0])
+        raise InputError(f"{section}: {given[0]} is {value}; above 0 is expected")
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Data:
     contest: str = "contest"
     """Name of the contest: data_manifests/CONTEST and data/CONTEST."""
     root: Path | None = None
-    """The contest's folder (SPLIT/N.png, SPLIT_label_tensor.pt) or an image folder (SPLIT/CLASS)."""
+    """The contest's folder (SPLIT/N.png, SPLIT_label_tensor.pt) or a folder of SPLIT/CLASS/*."""
     size: int | None = None
     """Resize every image to this many pixels square; null expects them all of one size."""
     keep_duplicates: bool = False
@@ -235,18 +233,16 @@ class Recipe:
     """Seed of every random choice."""
     data: Data = field(default_factory=Data)
     encoder: Encoder = field(default_factory=Encoder)
-    pretrain: Pretrain = field(default_factory=lambda: Pretrain(epochs=100))
+    pretrain: Pretrain = field(default_factory=Pretrain)
     evaluate: Evaluate = field(default_factory=Evaluate)
     label_request: LabelRequest = field(default_factory=LabelRequest)
     pseudo_label: PseudoLabel = field(default_factory=PseudoLabel)
-    finetune: Finetune = field(default_factory=lambda: Finetune(epochs=30))
+    finetune: Finetune = field(default_factory=Finetune)
     submit: Submit = field(default_factory=Submit)
 
 
 class Invocation(NamedTuple):
-    """What a stage was started with: the recipe, the stage's own options, and the recipe as
-    plain data.
-    """
+    """What a stage was started with: recipe, the stage's options, the recipe as plain data."""
 
     recipe: Recipe
     options: Any

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline import InputError
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -32,6 +34,8 @@ def plan_steps(
     `config` has the fields epochs, steps, minutes and batch_size; `seconds(resolution)` times one
     step and is called for a budget in minutes only.
     """
+    if config.epochs is config.steps is config.minutes is None:
+        raise InputError("a budget is expected: epochs, steps or minutes, in the recipe's section")
     if config.minutes is not None:
         share = 60 * config.minutes / len(resolutions)
         return Plan(resolutions, [max(1, round(share / seconds(r))) for r in resolutions])

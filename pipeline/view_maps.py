@@ -45,17 +45,22 @@ def crop_boxes(
     return boxes.astype(np.float32)
 
 
-def resize_matrices(start: Tensor, length: Tensor, inputs: int, outputs: int) -> Tensor:
+def resize_matrices(
+    start: Tensor, length: Tensor, inputs: int, outputs: int, mirror: Tensor | None = None
+) -> Tensor:
     """Antialiased bilinear resampling of [start, start + length) to `outputs` pixels.
 
-    The result is [b, outputs, inputs].
+    The result is [b, outputs, inputs]; where `mirror` [b] holds, the outputs come in reverse order.
     Pillow's triangle filter (`ImagingResample`): its support grows with the reduction, and it never
     reads outside the crop.
     """
     device = start.device
     scale = (length / outputs)[:, None]
     per_support = scale.clamp_min(1).reciprocal()
-    center = (torch.arange(outputs, device=device) + 0.5) * scale * per_support
+    center = (torch.arange(outputs, device=device) + 0.5).expand(len(start), -1)
+    if mirror is not None:
+        center = torch.where(mirror[:, None], outputs - center, center)
+    center = center * scale * per_support
     offset = torch.arange(inputs, device=device) - start[:, None]
     inside = (offset >= 0) & (offset < length[:, None])
     position = torch.where(inside, (offset + 0.5) * per_support, torch.inf)
@@ -118,16 +123,18 @@ def compose(matrices: Tensor, pivots: Tensor, means: Tensor) -> tuple[Tensor, Te
     return matrix, offset
 
 
-def recolor(x: Tensor, p: dict[str, Tensor]) -> Tensor:
-    """The color operations on x [b, 3, n] from 0 to 1, clamped after two of them and at the end."""
-    matrices, pivots = color_steps(p["factors"], p["order"])
+def recolor(x: Tensor, spare: Tensor, matrices: Tensor, pivots: Tensor, gray: Tensor) -> Tensor:
+    """The color operations on x [b, 3, n], 0 to 255, clamped after two of them and at the end.
+
+    `matrices` and `pivots` are those of `color_steps`, `gray` [b] is 1 where the result is gray.
+    The result, 0 to 1, is in the memory of x; `spare` is of the same shape and overwritten.
+    """
+    matrix, offset = compose(matrices[:2], pivots[:2], x.mean(2) / 255)
+    torch.bmm(matrix / 255, x, out=spare).add_(offset).clamp_(0, 1)
+    matrix, offset = compose(matrices[2:], pivots[2:], spare.mean(2))
     luma, eye = torch.tensor(_LUMA, device=x.device), torch.eye(3, device=x.device)
-    matrix, offset = compose(matrices[:2], pivots[:2], x.mean(2))
-    x = torch.bmm(matrix, x).add_(offset).clamp_(0, 1)
-    matrix, offset = compose(matrices[2:], pivots[2:], x.mean(2))
-    gray = p["gray"][:, None, None]
-    to_gray = gray * luma + (1 - gray) * eye
-    return torch.bmm(to_gray @ matrix, x).add_(to_gray @ offset).clamp_(0, 1)
+    to_gray = gray[:, None, None] * luma + (1 - gray[:, None, None]) * eye
+    return torch.bmm(to_gray @ matrix, spare, out=x).add_(to_gray @ offset).clamp_(0, 1)
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ hexagon; the blur is an exact Gaussian where Pillow's is three box filters; noth
 bits in between.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from pipeline.view_maps import (
     Uniforms,
     between,
     blur_matrices,
+    color_steps,
     crop_boxes,
     recolor,
     resize_matrices,
@@ -151,30 +153,60 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
-def _augment(planes: Tensor, view: View, u: Uniforms, size: int, dtype: torch.dtype) -> Tensor:
-    """One view of planes [b, 3, h, w] (0 to 255) as float32 [b, 3, size, size] from 0 to 1."""
-    device, (b, _, height, width) = planes.device, planes.shape
-    host = parameters(view, u, height, width)
-    turned = np.flatnonzero(host["degrees"])  # known on the host: no synchronization
-    p = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in host.items()}
+class _Scratch:
+    """Memory for intermediate results, used by every piece: fresh pages cost more than the sums."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.held = device, dict[str, Tensor]()
+
+    def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        size = math.prod(shape)
+        if name not in self.held or self.held[name].numel() < size:
+            self.held[name] = torch.empty(size, dtype=dtype, device=self.device)
+        return self.held[name][:size].view(shape)
+
+
+def _augment(
+    planes: Tensor, p: dict[str, Tensor], turned: Tensor, view: View, size: int, scratch: _Scratch
+) -> Tensor:
+    """One view of planes [b, 3, h, w] (0 to 255) as float32 [b, 3, size, size] from 0 to 1.
+
+    `p` are the parameters of the images, `turned` the positions of those that are rotated.
+    """
+    (b, _, height, width), dtype = planes.shape, planes.dtype
     top, left, crop_height, crop_width = p["boxes"].unbind(1)
     rows = resize_matrices(top, crop_height, height, size).to(dtype)
-    columns = resize_matrices(left, crop_width, width, size)
-    columns = torch.where(p["flip"][:, None, None], columns.flip(1), columns).to(dtype)
+    columns = resize_matrices(left, crop_width, width, size, p["flip"]).to(dtype)
     if view.blur_p:
         blur = blur_matrices(p["sigma"], size).to(dtype)
-        rows, columns = blur @ rows, blur @ columns
-    x = torch.bmm(planes.view(b, 3 * height, width), columns.transpose(1, 2))  # [b, 3 h, size]
+        rows, columns = torch.bmm(blur, rows), torch.bmm(blur, columns)
+    half = scratch("half", dtype, b, 3 * height, size)
+    torch.bmm(planes.view(b, 3 * height, width), columns.transpose(1, 2), out=half)
     rows = rows[:, None].expand(b, 3, size, height).reshape(3 * b, size, height)
-    x = torch.bmm(rows, x.view(3 * b, height, size)).view(b, 3, size, size).float()
-    if turned.size:
-        index = torch.from_numpy(turned).to(device)
-        x[index] = rotate(x[index], p["degrees"][index])
-    x = recolor(x.view(b, 3, size * size).mul_(1 / 255), p)
+    whole = scratch("whole", dtype, 3 * b, size, size)
+    torch.bmm(rows, half.view(3 * b, height, size), out=whole)
+    x = scratch("x", torch.float32, b, 3, size * size)
+    x.copy_(whole.view(x.shape))
+    if len(turned):
+        images = x.view(b, 3, size, size)
+        images[turned] = rotate(images[turned], p["degrees"][turned])
+    matrices, pivots = p["matrices"].transpose(0, 1), p["pivots"].transpose(0, 1)
+    recolor(x, scratch("spare", torch.float32, *x.shape), matrices, pivots, p["gray"])
     if view.solarize_p:
         inverted = p["solarize"][:, None, None] & (x >= view.solarize_threshold)
         x = torch.where(inverted, 1 - x, x)
     return x.view(b, 3, size, size)
+
+
+def _on_device(
+    view: View, u: Uniforms, height: int, width: int, device: torch.device
+) -> tuple[dict[str, Tensor], npt.NDArray[np.bool_]]:
+    """The parameters of a batch as tensors, color steps included, and which images are rotated."""
+    host = parameters(view, u, height, width)
+    p = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in host.items()}
+    matrices, pivots = color_steps(p["factors"], p["order"])
+    p |= {"matrices": matrices.transpose(0, 1), "pivots": pivots.transpose(0, 1)}  # images first
+    return p, host["degrees"] != 0
 
 
 @torch.no_grad()
@@ -193,17 +225,21 @@ def make_views(
     values from 0 to 1; `dtype` is that of the products and the result, None takes `matmul_dtype`.
     On a CPU a batch goes through in pieces that stay in the cache.
     """
-    device, b = images.device, len(images)
+    device, (b, height, width) = images.device, images.shape[:3]
     dtype = dtype or matmul_dtype(device)
     specs = [view for view in views for _ in range(view.count)]
+    drawn = [_on_device(v, u[k], height, width, device) for k, v in enumerate(specs)]
     shift = torch.tensor(mean, device=device)[:, None, None]
     scale = torch.tensor(std, device=device).reciprocal()[:, None, None]
     out = [torch.empty(b, 3, size, size, dtype=dtype, device=device) for _ in specs]
-    piece = _PIECE if device.type == "cpu" else b
+    piece, scratch = (_PIECE if device.type == "cpu" else b), _Scratch(device)
     for start in range(0, b, piece):
         part = slice(start, start + piece)
-        planes = images[part].permute(0, 3, 1, 2).contiguous().to(dtype)
-        for k, view in enumerate(specs):
-            x = _augment(planes, view, u[k, part], size, dtype)
-            out[k][part] = x.sub_(shift).mul_(scale)
+        planar = images[part].permute(0, 3, 1, 2).contiguous()
+        planes = scratch("planes", dtype, *planar.shape).copy_(planar)
+        for view, (p, turned), result in zip(specs, drawn, out, strict=True):
+            rotated = torch.from_numpy(np.flatnonzero(turned[part])).to(device)
+            own = {k: t[part] for k, t in p.items()}
+            x = _augment(planes, own, rotated, view, size, scratch)
+            result[part] = x.sub_(shift).mul_(scale)
     return out

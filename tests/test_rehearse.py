@@ -105,30 +105,55 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-def test_answers_equal_the_organizers(name: str, shared: Path, tmp_path: Path, monkeypatch, capsys):
+RUN_THEM = """
+import contextlib, io, json, runpy, sys
+results = {}
+for name in sys.argv[2:]:
+    out, err, code = io.StringIO(), "", 0
+    sys.argv[1:] = [f"{name}/request_07.csv", "oracle.pt", "3", f"{name}/theirs.pt"]
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(PROGRAM, run_name="__main__")
+        except SystemExit as end:  # as the interpreter ends
+            code, err = (1, f"{end.code}\\n") if isinstance(end.code, str) else (end.code, "")
+    results[name] = (code, out.getvalue(), err)
+print(json.dumps(results))
+"""
+
+
+def test_answers_equal_the_organizers(shared: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("request_07.csv").write_text(REQUESTS[name])
     torch.save(torch.tensor([5, 1, 4, 2, 0, 0, 3, 9, 8, 7]), "oracle.pt")
-    argv = ["request_07.csv", "oracle.pt", "3", "label_07.pt"]
-    yours = theirs(shared / "contest" / "answer_request.py", *argv)
-    expected = Path("label_07.pt").exists() and torch.load("label_07.pt", weights_only=True)
-    Path("label_07.pt").unlink(missing_ok=True)
-    monkeypatch.setattr(sys, "argv", ["rehearse", "answer", *argv])
+    for name, text in REQUESTS.items():
+        Path(name).mkdir()
+        (Path(name) / "request_07.csv").write_text(text)
+    program = shared / "contest" / "answer_request.py"
+    code = RUN_THEM.replace("PROGRAM", repr(str(program)))  # one process, one import of torch
+    done = _finish([sys.executable, "-c", code, "", *REQUESTS], dict(os.environ))
+    for name, (code, out, err) in json.loads(done.out).items():
+        argv = [f"{name}/request_07.csv", "oracle.pt", "3", f"{name}/ours.pt"]
+        monkeypatch.setattr(sys, "argv", ["rehearse", "answer", *argv])
+        mine = _ours_in_process(capsys)
+        assert mine == (code, out.replace("theirs.pt", "ours.pt"), err), name
+        files = [Path(name) / "ours.pt", Path(name) / "theirs.pt"]
+        assert [f.exists() for f in files] == [code == 0] * 2, name
+        if code == 0:
+            found, expected = (torch.load(f, weights_only=True) for f in files)
+            assert found.dtype == torch.int64
+            assert torch.equal(found, expected)
+        else:
+            assert err.startswith("refused: "), name
+
+
+def _ours_in_process(capsys: pytest.CaptureFixture) -> tuple[object, str, str]:
+    capsys.readouterr()
     code: object = 0
     try:
         rehearse.main()
     except SystemExit as end:
         code = end.code
-    mine = capsys.readouterr()
-    assert (code, mine.out, mine.err) == (yours.code, yours.out, yours.err)
-    if yours.code == 0:
-        found = torch.load("label_07.pt", weights_only=True)
-        assert found.dtype == torch.int64
-        assert torch.equal(found, expected)
-    else:
-        assert not Path("label_07.pt").exists()
-        assert "refused" in mine.err
+    said = capsys.readouterr()
+    return code, said.out, said.err
 
 
 @pytest.mark.parametrize("oracle", [torch.arange(5.0), [1, 2], torch.zeros(2, 2).long()])
@@ -171,26 +196,41 @@ def submission(images: Path) -> Path:
     return folder
 
 
-def both(shared: Path, *argv: object) -> tuple[SimpleNamespace, SimpleNamespace]:
-    return ours("score", *argv), theirs(shared / "contest" / "evaluate.py", *argv)
+def both(
+    shared: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, *argv: object
+) -> tuple[tuple[object, str], tuple[object, str]]:
+    """Exit code and output of our scoring and of theirs."""
+    monkeypatch.setattr(sys, "argv", ["rehearse", "score", *map(str, argv)])
+    yours = theirs(shared / "contest" / "evaluate.py", *argv)
+    return _ours_in_process(capsys)[:2], (yours.code, yours.out)
 
 
-def test_scores_equal_the_organizers(submission: Path, shared: Path):
-    mine, yours = both(shared, submission, "contest")
-    assert yours.code == 0, yours.err
-    assert (mine.code, mine.out) == (0, yours.out)
-    found = organizers.score(submission, Path("contest"))
-    assert found == json.loads(yours.out.splitlines()[-1]) | {"team": yours.out.splitlines()[0]}
-    assert found["images"] == 6
+def test_scores_equal_the_organizers(submission: Path, shared: Path, capsys, monkeypatch):
+    mine, yours = both(shared, capsys, monkeypatch, submission, "contest")
+    assert mine == yours
+    assert yours[0] == 0
+    assert '"images": 6' in yours[1]
     argv = ["--split", "train", "--labels", "other.pt", "--checkpoint", "submission/model.pth"]
     torch.save(torch.zeros(9, dtype=torch.int64), "other.pt")
-    mine, yours = both(shared, submission, "contest", *argv)
-    assert (mine.code, mine.out) == (yours.code, yours.out)
-    assert '"images": 9' in yours.out
+    mine, yours = both(shared, capsys, monkeypatch, submission, "contest", *argv)
+    assert mine == yours
+    assert '"images": 9' in yours[1]
+
+
+def test_a_score_is_what_the_labels_say(submission: Path):
+    torch.save({"linear.weight": torch.zeros(3, 432), "linear.bias": torch.eye(3)[2]}, "two.pth")
+    labels = torch.tensor([2, 0, 2, 1, 2, 2])
+    torch.save(labels, "labels.pt")
+    files = Path("labels.pt"), Path("two.pth")
+    found = organizers.score(submission, Path("contest"), "val", *files)
+    line = "Team 7: ours Accuracy: 66.67%"
+    assert found == {"split": "val", "images": 6, "accuracy": 66.667, "team": line}
 
 
 @pytest.mark.parametrize("rule", ["no program", "no checkpoint", "no name", "wrong shape"])
-def test_refusals_equal_the_organizers(submission: Path, shared: Path, rule: str):
+def test_refusals_equal_the_organizers(
+    submission: Path, shared: Path, rule: str, capsys, monkeypatch
+):
     program = submission / "submission.py"
     if rule == "no program":
         program.unlink()
@@ -200,9 +240,9 @@ def test_refusals_equal_the_organizers(submission: Path, shared: Path, rule: str
         program.write_text(SUBMISSION.replace("team_name", "team"))
     else:
         program.write_text(SUBMISSION.replace("(x.flatten(1))", "(x.flatten(1))[:1]"))
-    mine, yours = both(shared, submission, "contest")
-    assert yours.out.startswith("refused: ")
-    assert (mine.code, mine.out) == (yours.code, yours.out)
+    mine, yours = both(shared, capsys, monkeypatch, submission, "contest")
+    assert mine == yours
+    assert yours[1].startswith("refused: ")
 
 
 @pytest.mark.parametrize("line", ["import pipeline", "import stages.embed", "open('secret')"])
@@ -236,11 +276,11 @@ def test_a_submission_that_hangs_runs_out_of_time(submission: Path):
 def test_refusals_are_input_errors_with_the_organizers_words():
     oracle = np.arange(9)
     assert organizers.answer([3, 0], oracle, 2).tolist() == [3, 0]
-    with pytest.raises(Refused, match="^refused: image 9 does not exist$"):
+    with pytest.raises(Refused, match=r"^refused: image 9 does not exist$"):
         organizers.answer([3, 9], oracle, 2)
-    with pytest.raises(Refused, match="^refused: row 2 is 'x'$"):
+    with pytest.raises(Refused, match=r"^refused: row 2 is 'x'$"):
         organizers.read_request("1\nx\n")
-    with pytest.raises(Refused, match="^refused: row 1 is '9"):
+    with pytest.raises(Refused, match=r"^refused: row 1 is '9"):
         organizers.read_request("9" * 5000)
 
 
