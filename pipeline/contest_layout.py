@@ -52,31 +52,32 @@ class Layout:
     classes: int = 0
     class_names: list[str] | None = None
     defects: list[Defect] = field(default_factory=list)
-    seen: list[str] = field(default_factory=list)
+    fingerprint: int = 0
 
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256("\n".join(self.seen).encode()).hexdigest()
+    def see(self, file: str, stat: os.stat_result) -> None:
+        """Let a file count in the fingerprint, a sum of digests: their order does not matter."""
+        line = f"{file} {stat.st_size} {stat.st_mtime_ns}"
+        digest = hashlib.sha256(line.encode()).digest()
+        self.fingerprint = (self.fingerprint + int.from_bytes(digest)) % 2**256
 
-    def scan(self, folder: str) -> list[os.DirEntry[str]]:
-        """What lies in a folder, sorted by name, without hidden files."""
+    def scan(self, folder: str) -> list[tuple[str, bool]]:
+        """Names in a folder, sorted, hidden ones left out, and whether each is a folder itself."""
         found = []
         with os.scandir(self.root / folder) as entries:
-            for entry in sorted(entries, key=lambda e: e.name):
+            for entry in entries:
+                file = f"{folder}/{entry.name}"
                 if entry.name.startswith("."):
                     continue
-                file = f"{folder}/{entry.name}"
                 if not entry.name.isprintable():
                     self.defects.append(Defect(ascii(file), "has a name that is not printable"))
                 elif entry.is_file():
-                    stat = entry.stat()
-                    self.seen.append(f"{file} {stat.st_size} {stat.st_mtime_ns}")
-                    found.append(entry)
+                    self.see(file, entry.stat())
+                    found.append((entry.name, False))
                 elif entry.is_dir():
-                    found.append(entry)
+                    found.append((entry.name, True))
                 else:
                     self.defects.append(Defect(file, "is neither a file nor a folder"))
-        return found
+        return sorted(found)
 
 
 def read_layout(root: Path) -> Layout:
@@ -133,16 +134,16 @@ def _read_contest(layout: Layout) -> Layout:
 def _number(layout: Layout, split: Split) -> None:
     """Put the files N.png of a contest's split in the order of N, and find the gaps."""
     numbered = []
-    for entry in layout.scan(split.name):
-        match = _NUMBER.fullmatch(entry.name)
-        if entry.is_dir():
+    for name, is_folder in layout.scan(split.name):
+        match = _NUMBER.fullmatch(name)
+        if is_folder:
             reason = "is a folder; images N.png are expected"
         elif not match:
             reason = "is misnumbered; the name N.png, without leading zeros, is expected"
         else:
-            numbered.append((int(match[1]), f"{split.name}/{entry.name}"))
+            numbered.append((int(match[1]), f"{split.name}/{name}"))
             continue
-        layout.defects.append(Defect(f"{split.name}/{entry.name}", reason))
+        layout.defects.append(Defect(f"{split.name}/{name}", reason))
     numbered.sort()
     limit = 2 * len(numbered) + 1000  # a stray number would make the packed array as long
     for _, file in (pair for pair in numbered if pair[0] >= limit):
@@ -166,8 +167,7 @@ def _read_labels(layout: Layout, split: Split) -> Integers | None:
     if not path.is_file():
         layout.defects.append(Defect(file, f"missing; {expected}", skippable=False))
         return None
-    stat = path.stat()
-    layout.seen.append(f"{file} {stat.st_size} {stat.st_mtime_ns}")
+    layout.see(file, path.stat())
     try:
         labels = load_torch(path)
     except InputError as error:
@@ -182,7 +182,7 @@ def _read_labels(layout: Layout, split: Split) -> Integers | None:
     elif len(labels) != split.images:
         reason = f"has {len(labels)} entries; {expected}"
     else:
-        return labels.numpy().copy()  # type: ignore[no-any-return]
+        return labels.numpy().copy()
     layout.defects.append(Defect(file, reason, skippable=False))
     return None
 
@@ -202,9 +202,9 @@ def _add_folder(layout: Layout, name: str, folder: str) -> None:
     """Add a split: the files of its class folders, or of the folder itself without labels."""
     classes = {c: label for label, c in enumerate(layout.class_names or [])}
     split, labels = Split(name), list[int]()
-    for entry in layout.scan(folder):
-        file = f"{folder}/{entry.name}"
-        if not entry.is_dir():
+    for entry, is_folder in layout.scan(folder):
+        file = f"{folder}/{entry}"
+        if not is_folder:
             if name in ("train", "val"):
                 layout.defects.append(Defect(file, "lies in no class folder"))
             else:
@@ -212,16 +212,16 @@ def _add_folder(layout: Layout, name: str, folder: str) -> None:
                 labels.append(-1)
         elif name == "unlabeled":
             layout.defects.append(Defect(file, "is a folder; image files are expected"))
-        elif entry.name not in classes:
+        elif entry not in classes:
             layout.defects.append(Defect(file, "is no class of train/"))
         else:
-            for image in layout.scan(file):
-                if image.is_dir():
+            for image, is_deeper in layout.scan(file):
+                if is_deeper:
                     reason = "is a folder; image files are expected"
-                    layout.defects.append(Defect(f"{file}/{image.name}", reason))
+                    layout.defects.append(Defect(f"{file}/{image}", reason))
                 else:
-                    split.files.append(f"{file}/{image.name}")
-                    labels.append(classes[entry.name])
+                    split.files.append(f"{file}/{image}")
+                    labels.append(classes[entry])
     split.images, split.index = len(labels), list(range(len(labels)))
     split.labels = np.array(labels, np.int64)
     layout.splits[name] = split

@@ -124,7 +124,8 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _check_unique(path: Path, manifest: Manifest) -> None:
-    codes = np.unique(manifest.split, return_inverse=True)[1]
+    names = {name: code for code, name in enumerate(sorted(set(manifest.split.tolist())))}
+    codes = np.array([names[s] for s in manifest.split.tolist()], np.int64)
     order = np.lexsort((manifest.index, codes))
     same = (np.diff(manifest.index[order]) == 0) & (np.diff(codes[order]) == 0)
     for a, b in zip(order[:-1][same][:1], order[1:][same], strict=False):

@@ -100,7 +100,9 @@ class Form(NamedTuple):
 class Packed(NamedTuple):
     """What packing a list of n files found out."""
 
-    digests: list[str]  # [n] hexadecimal SHA-256 of the files' bytes, "" where none could be read
+    digests: npt.NDArray[
+        np.bytes_
+    ]  # [n] hexadecimal SHA-256 of the files' bytes, "" where none could be read
     reasons: list[str]  # [n] "" or why the file's row was left zero
     histogram: npt.NDArray[np.int64]  # [3, 256] of the pixels of all good images
 
@@ -163,22 +165,25 @@ def create(path: Path, images: int, form: Form) -> None:
 
 def pack(
     executor: Executor,
+    root: str,
     files: Sequence[str],
     rows: Sequence[int],
     out: Path,
     form: Form,
     advance: Advance,
 ) -> Packed:
-    """Decode `files` [n] in parallel, each into its row of `out`, an array that `create` made.
+    """Decode `files` [n], in the folder `root`, in parallel, each into its row of the array `out`.
 
-    Raises DifferentSizeError at the first image of another size, where `form` does not resize.
+    `create` made the array.  Raises DifferentSizeError at the first image of another size, where
+    `form` does not resize.
     """
-    packed = Packed([], [], np.zeros((3, 256), np.int64))
+    packed = Packed(np.zeros(len(files), "S64"), [], np.zeros((3, 256), np.int64))
     start = np.lib.format.open_memmap(out, "r").offset
-    task = functools.partial(_pack_part, out=out, start=start, form=form)
+    task = functools.partial(_pack_part, root, out=out, start=start, form=form)
     parts = [slice(k, k + _TASK) for k in range(0, len(files), _TASK)]
     for part in executor.map(task, [files[p] for p in parts], [rows[p] for p in parts]):
-        packed.digests.extend(part.digests)
+        done = len(packed.reasons)
+        packed.digests[done : done + len(part.digests)] = part.digests
         packed.reasons.extend(part.reasons)
         packed.histogram[:] += part.histogram
         advance(len(part.digests))
@@ -186,12 +191,12 @@ def pack(
 
 
 def _pack_part(
-    files: Sequence[str], rows: Sequence[int], out: Path, start: int, form: Form
+    root: str, files: Sequence[str], rows: Sequence[int], out: Path, start: int, form: Form
 ) -> Packed:
     digests, reasons, counts = [], [], np.zeros(768, np.int64)
     with FileIO(out, "r+") as f:
-        for file, row in zip(files, rows, strict=True):
-            data, reason = b"", ""
+        for name, row in zip(files, rows, strict=True):
+            file, data, reason = f"{root}/{name}", b"", ""
             try:
                 with FileIO(file) as source:
                     data = source.read()
@@ -205,7 +210,7 @@ def _pack_part(
                 counts += np.fromiter(image.histogram(), np.int64, 768)
             digests.append(hashlib.sha256(data).hexdigest() if data else "")
             reasons.append(reason)
-    return Packed(digests, reasons, counts.reshape(3, 256))
+    return Packed(np.array(digests, "S64"), reasons, counts.reshape(3, 256))
 
 
 def decode(data: bytes, file: str, form: Form) -> Image.Image:

@@ -32,8 +32,8 @@ def pack_splits(
     total = sum(len(s.files) for s in layout.splits.values())
     with decoders(data.workers) as executor, progress("prepare", total, "images") as advance:
         for name, split in layout.splits.items():
-            files = [f"{layout.root}/{f}" for f in split.files]
-            packed[name] = pack(executor, files, split.index, out[name], form, advance)
+            root, files = str(layout.root), split.files
+            packed[name] = pack(executor, root, files, split.index, out[name], form, advance)
             for file, reason in zip(split.files, packed[name].reasons, strict=True):
                 if reason:
                     layout.defects.append(Defect(file, reason))
@@ -93,7 +93,7 @@ def asked_for(layout: Layout, data: Data) -> dict[str, Any]:
     """What decides the result: the state of the contest's folder, and what is done with it."""
     return {
         "root": str(layout.root),
-        "fingerprint": layout.fingerprint,
+        "fingerprint": f"{layout.fingerprint:064x}",
         "rehearsal": is_rehearsal(layout, data),
         "size": data.size,
         "max_pixels": data.max_pixels,

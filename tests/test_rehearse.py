@@ -245,14 +245,24 @@ def test_refusals_equal_the_organizers(
     assert yours[1].startswith("refused: ")
 
 
-@pytest.mark.parametrize("line", ["import pipeline", "import stages.embed", "open('secret')"])
-def test_a_submission_cannot_reach_the_entrants_files(submission: Path, line: str):
-    Path("secret").write_text("here")
+@pytest.mark.parametrize("line", ["import pipeline", "import helper", "open('helper.py')"])
+def test_a_submission_cannot_reach_the_entrants_files(
+    submission: Path, line: str, monkeypatch: pytest.MonkeyPatch
+):
+    Path("helper.py").write_text("")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(Path.cwd())]))
     program = submission / "submission.py"
     program.write_text(f"{line}\n{SUBMISSION}")
-    kind = "FileNotFoundError" if "secret" in line else "ModuleNotFoundError"
+    kind = "FileNotFoundError" if "open" in line else "ModuleNotFoundError"
     with pytest.raises(InputError, match=f"submission: the evaluation fails: {kind}: "):
         organizers.score(submission, Path("contest"))
+
+
+def test_the_entrants_code_is_out_of_reach_where_it_is_installed(submission: Path):
+    (submission / "submission.py").write_text(f"import stages.embed\n{SUBMISSION}")
+    command = [sys.executable, str(ROOT / "pipeline" / "evaluator.py"), "submission", "contest"]
+    done = _finish(command, os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "ModuleNotFoundError" in done.err
 
 
 class Malicious:
