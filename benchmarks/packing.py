@@ -3,7 +3,8 @@
 python -m benchmarks.packing [--pictures 4000]
 Ours is stages.prepare from listing to contest.json: decoding, hashing, statistics and duplicates
 included.  The peer is one core decoding the same PNGs to arrays with Pillow alone, times the number
-of cores.  Every picture stands four times in the contest, so that starting up weighs little.
+of cores.  Every picture stands four times in the contest, so that starting up weighs little.  The
+machine has to be at rest: other work takes a core from ours, and none from the peer.
 """
 
 import contextlib

@@ -1,9 +1,10 @@
-"""kNN accuracy after a short pretraining on our views, beside the same on lightly's SimCLRTransform.
+"""kNN accuracy after a short pretraining on our views, beside the same on lightly's
+SimCLRTransform.
 
-python -m benchmarks.views_knn [--contest mini98 --steps 100 --size 48]
-The same contest (one that `make data` prepared, or else synthetic images), encoder, initial weights,
-batches, steps and optimizer on both sides; three seeds; kNN (k = 20, cosine, majority) of one half of
-the labeled training images on the other.  The ratio is that of the mean accuracies.
+python -m benchmarks.views_knn [--contest mini98 --steps 100 --size 48] The same contest (one that
+`make data` prepared, or else synthetic images), encoder, initial weights, batches, steps and
+optimizer on both sides; three seeds; kNN (k = 20, cosine, majority) of one half of the labeled
+training images on the other.  The ratio is that of the mean accuracies.
 """
 
 import json

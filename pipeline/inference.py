@@ -57,18 +57,18 @@ def predict(
     exact: bool = False,
     unit: bool = False,
     what: str = "embed",
+    part: slice | None = None,
 ) -> None:
     """Write model(image) of every image of `pool` to `out`, image i to row rows[i] (or i).
 
     Images are resized to `size`, not augmented.  `exact` computes in float32, else in bf16 where
-    the processor has it; `unit` scales each output to unit length.  Each process takes a contiguous
-    part of the images; `out` has to be shared (a memory map) where there are several.  The model is
-    left in evaluation mode.
+    the processor has it; `unit` scales each output to unit length; `part` limits the work to some
+    of the images.  The model is left in evaluation mode.
     """
     device = next(model.parameters()).device
     dtype = torch.float32 if exact else matmul_dtype(device)
     model.eval()
-    mine = slice_of(len(pool), rank(), world_size())
+    mine = part or slice(0, len(pool))
     starts = range(mine.start, mine.stop, batch)
 
     def fetch(k: int) -> torch.Tensor:
@@ -102,8 +102,8 @@ def predict_split(
     """Write model(image) of every usable image of a split to the float32 array `file` [images,
     outputs].
 
-    Rows of unusable images are zero.  Every process takes its part; the file appears when it is
-    whole.
+    Rows of unusable images are zero.  Every process takes its part of a shared memory map; the file
+    appears when it is whole.
     """
     aside = file.with_name(f".{file.name}.tmp")
     if rank() == 0:
@@ -114,7 +114,8 @@ def predict_split(
     rows, out = contest.usable(split), np.lib.format.open_memmap(aside, "r+")
     pool = Pool([(contest.packed(split), rows)])
     mean, std = contest.mean, contest.std
-    predict(model, pool, size, mean, std, out, rows, batch, exact, unit, what=split)
+    mine = slice_of(len(pool), rank(), world_size())
+    predict(model, pool, size, mean, std, out, rows, batch, exact, unit, split, mine)
     out.flush()
     barrier()
     if rank() == 0:

@@ -193,7 +193,8 @@ def pack(
 def _pack_part(
     root: str, files: Sequence[str], rows: Sequence[int], out: Path, start: int, form: Form
 ) -> Packed:
-    digests, reasons, counts = [], [], np.zeros(768, np.int64)
+    digests, reasons, good = [], [], 0
+    sheet = _sheet(form.width, form.height)
     with FileIO(out, "r+") as f:
         for name, row in zip(files, rows, strict=True):
             file, data, reason = f"{root}/{name}", b"", ""
@@ -207,10 +208,21 @@ def _pack_part(
                 reason = str(error)
             else:
                 os.pwrite(f.fileno(), image.tobytes(), start + row * form.bytes)
-                counts += np.fromiter(image.histogram(), np.int64, 768)
+                sheet.paste(image, (0, good * form.height))
+                good += 1
             digests.append(hashlib.sha256(data).hexdigest() if data else "")
             reasons.append(reason)
-    return Packed(np.array(digests, "S64"), reasons, counts.reshape(3, 256))
+    counts = sheet.crop((0, 0, form.width, good * form.height)) if good < _TASK else sheet
+    histogram = np.array(counts.histogram(), np.int64).reshape(3, 256)
+    return Packed(np.array(digests, "S64"), reasons, histogram)
+
+
+@functools.cache
+def _sheet(width: int, height: int) -> Image.Image:
+    """Where a worker puts the images of a task one below the other, to count their pixels at
+    once.
+    """
+    return Image.new("RGB", (width, height * _TASK))
 
 
 def decode(data: bytes, file: str, form: Form) -> Image.Image:

@@ -1,10 +1,10 @@
 """Wallpapers: generated pictures that SimCLR learns from and a few labels alone do not teach.
 
-The class of a wallpaper is the motif that is printed all over it: an anchor, a cat, a snowflake.  Each
-print has a size, tilt, slant, mirroring and color of its own, the paper shades from corner to corner, and
-the pattern starts anywhere.  So two crops of a wallpaper have little in common but the motif, which is what
-a contrastive method finds, while pixels, colors and positions say nothing about it.  The motifs are glyphs
-of DejaVu Sans, which matplotlib brings along.
+The class of a wallpaper is the motif that is printed all over it: an anchor, a cat, a snowflake.
+Each print has a size, tilt, slant, mirroring and color of its own, the paper shades from corner to
+corner, and the pattern starts anywhere.  So two crops of a wallpaper have little in common but the
+motif, which is what a contrastive method finds, while pixels, colors and positions say nothing
+about it.  The motifs are glyphs of DejaVu Sans, which matplotlib brings along.
 """
 
 import colorsys
@@ -65,8 +65,8 @@ def make(
 ) -> Iterator[tuple[npt.NDArray[np.uint8], int]]:
     """Yield `per_class` wallpapers of each class, as pixels [size, size, 3] and label.
 
-    Picture i has the label i % classes and is a function of (seed, split, i, size).  Raises InputError
-    where there are not so many motifs.
+    Picture i has the label i % classes and is a function of (seed, split, i, size).  Raises
+    InputError where there are not so many motifs.
     """
     if not 1 <= classes <= len(_MOTIFS):
         raise InputError(f"synthetic: classes is {classes}; 1 to {len(_MOTIFS)} is expected")
