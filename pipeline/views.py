@@ -182,9 +182,9 @@ def _augment(
         rows, columns = torch.bmm(blur, rows), torch.bmm(blur, columns)
     half = scratch("half", dtype, b, 3 * height, size)
     torch.bmm(planes.view(b, 3 * height, width), columns.transpose(1, 2), out=half)
-    rows = rows[:, None].expand(b, 3, size, height).reshape(3 * b, size, height)
+    each = scratch("rows", dtype, b, 3, size, height).copy_(rows[:, None])  # for each channel
     whole = scratch("whole", dtype, 3 * b, size, size)
-    torch.bmm(rows, half.view(3 * b, height, size), out=whole)
+    torch.bmm(each.view(3 * b, size, height), half.view(3 * b, height, size), out=whole)
     x = scratch("x", torch.float32, b, 3, size * size)
     x.copy_(whole.view(x.shape))
     if len(turned):
