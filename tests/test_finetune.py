@@ -44,7 +44,9 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_a_round_learns_and_keeps_what_follows(pretrained: Path) -> None:
-    folder = run("--finetune.steps=60", "--finetune.backbone_lr=1.0")
+    folder = run(
+        "--finetune.steps=120", "--finetune.backbone_lr=1.0", "--finetune.view.crop_scale=[0.6,1.0]"
+    )
     assert folder.name == "finetune-0"
     contest, scores = load_contest("tiny"), results(folder)
     assert scores["val_top1"] > 50  # chance is 25
