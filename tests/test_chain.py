@@ -88,15 +88,8 @@ def check(folder: Path, root: Path, least: float) -> None:
         assert json.loads(done.stdout.splitlines()[-1])["accuracy"] == card["val_top1"]
 
 
-def test_generated_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    root = tmp_path / "contest"
-    check(enter("synthetic", root), root, 25)  # no worse than chance: it trains for seconds
-
-
-def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    images = tmp_path / "images"
+def photographs(shared: Path, images: Path) -> Path:
+    """Four classes of mini98 as an image folder."""
     wanted = {"n01532829", "n01704323", "n02074367", "n01930112"}
     with tarfile.open(shared / "data" / "mini98.tar.gz") as tar:
         for member in tar:
@@ -105,5 +98,17 @@ def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Pa
                 target = images / parts[-3] / parts[-2]
                 target.mkdir(parents=True, exist_ok=True)
                 (target / parts[-1]).write_bytes(tar.extractfile(member).read())  # type: ignore[union-attr]
+    return images
+
+
+def test_generated_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "contest"
+    check(enter("synthetic", root), root, 25)  # no worse than chance: it trains for seconds
+
+
+def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    images = photographs(shared, tmp_path / "images")
     root = tmp_path / "contest"
     check(enter(str(images), root), root, 1.2 * 25)

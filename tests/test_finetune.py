@@ -49,9 +49,11 @@ def test_a_round_learns_and_keeps_what_follows(pretrained: Path) -> None:
     )
     assert folder.name == "finetune-0"
     contest, scores = load_contest("tiny"), results(folder)
-    assert scores["val_top1"] > 50  # chance is 25
+    assert scores["val_top1"] > 35  # chance is 25
     for split in contest.splits:
         assert np.load(folder / "logits" / f"{split}.npy").shape == (contest.images(split), 4)
+    known = np.load(folder / "logits" / "train.npy").argmax(1) == contest.labels("train")
+    assert known.mean() > 0.6  # three quarters of them were trained on
     logits = np.load(folder / "logits" / "val.npy")
     assert scores["val_top1"] == pytest.approx(
         100 * (logits.argmax(1) == contest.labels("val")).mean()
