@@ -40,7 +40,7 @@ from stages import (
 
 SYNTHETIC = "--classes 16 --per-class 8 --val-per-class 60 --max-unlabeled-per-class 240"
 REAL = "--per-class 32 --val-per-class 50 --max-unlabeled-per-class 400"
-# The rate and crops that suit it best, found on a contest of another seed, as the recipe's were
+# Rate and crops: as good as any of seven tried on a contest of another seed
 SCRATCH = "--finetune.init scratch --finetune.optimizer.lr 0.4 --finetune.view.crop_scale [0.5,1.0]"
 WORDS = {
     "raw_pixel_knn": "kNN on raw pixels",
