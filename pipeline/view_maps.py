@@ -109,32 +109,38 @@ def color_steps(factors: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     return matrices.transpose(0, 1), pivots.T[:, :, None]
 
 
-def compose(matrices: Tensor, pivots: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps of `color_steps` as one affine map of images whose mean color is `means` [b, 3]."""
-    b, device = len(means), means.device
-    luma = torch.tensor(_LUMA, device=device)
-    matrix, offset = (
-        torch.eye(3, device=device).expand(b, 3, 3),
-        torch.zeros(b, 3, 1, device=device),
-    )
-    for step, pivot in zip(matrices, pivots, strict=True):
-        mean_gray = luma @ (matrix @ means[:, :, None] + offset)  # [b, 1]
-        matrix, offset = step @ matrix, step @ offset + (pivot * mean_gray)[:, :, None]
-    return matrix, offset
+def color_maps(
+    factors: Tensor, order: Tensor, gray: Tensor, mean: Tensor, std: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All color operations as two maps of images x [b, 3, n], to be clamped after each of them.
 
-
-def recolor(x: Tensor, spare: Tensor, matrices: Tensor, pivots: Tensor, gray: Tensor) -> Tensor:
-    """The color operations on x [b, 3, n], 0 to 255, clamped after two of them and at the end.
-
-    `matrices` and `pivots` are those of `color_steps`, `gray` [b] is 1 where the result is gray.
-    The result, 0 to 1, is in the memory of x; `spare` is of the same shape and overwritten.
+    Returns (A, B), both [b, 2, 3, 3].  The first map is A x + B m, where m [b, 3, 1] is the mean
+    color of x (for contrast), and goes from 0 … 255 to 0 … 1; the second one normalizes too, and
+    makes gray where `gray` [b] is 1: A x + B m - mean / std.
     """
-    matrix, offset = compose(matrices[:2], pivots[:2], x.mean(2) / 255)
-    torch.bmm(matrix / 255, x, out=spare).add_(offset).clamp_(0, 1)
-    matrix, offset = compose(matrices[2:], pivots[2:], spare.mean(2))
-    luma, eye = torch.tensor(_LUMA, device=x.device), torch.eye(3, device=x.device)
+    matrices, pivots = color_steps(factors, order)
+    luma, eye = torch.tensor(_LUMA, device=gray.device), torch.eye(3, device=gray.device)
     to_gray = gray[:, None, None] * luma + (1 - gray[:, None, None]) * eye
-    return torch.bmm(to_gray @ matrix, spare, out=x).add_(to_gray @ offset).clamp_(0, 1)
+    last = torch.stack([(eye / 255).expand_as(to_gray), to_gray / std[:, None]])
+    # two steps at once: the first ones of both maps, then the second ones
+    first, second = matrices[[0, 2]], matrices[[1, 3]]
+    mixed = pivots[[0, 2], :, :, None] * luma.expand_as(first)
+    mean_gray = pivots[[1, 3], :, :, None] * (luma @ (first + mixed))[:, :, None]
+    a, m = last @ second @ first, last @ (second @ mixed + mean_gray)
+    return a.transpose(0, 1), m.transpose(0, 1)
+
+
+def recolor(x: Tensor, spare: Tensor, a: Tensor, b: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The maps `a` and `b` of `color_maps` on x [b, 3, n], 0 to 255, clamped after each of them.
+
+    The result is in the memory of x; `spare` is of the same shape and overwritten.
+    """
+    torch.baddbmm(b[:, 0] @ x.mean(2, keepdim=True), a[:, 0], x, out=spare).clamp_(0, 1)
+    shift = (mean / std)[:, None]
+    torch.baddbmm(b[:, 1] @ spare.mean(2, keepdim=True) - shift, a[:, 1], spare, out=x)
+    for channel, m, s in zip(x.unbind(1), mean.tolist(), std.tolist(), strict=True):
+        channel.clamp_(-m / s, (1 - m) / s)
+    return x
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:

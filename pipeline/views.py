@@ -25,7 +25,7 @@ from pipeline.view_maps import (
     Uniforms,
     between,
     blur_matrices,
-    color_steps,
+    color_maps,
     crop_boxes,
     recolor,
     resize_matrices,
@@ -167,46 +167,56 @@ class _Scratch:
 
 
 def _augment(
-    planes: Tensor, p: dict[str, Tensor], turned: Tensor, view: View, size: int, scratch: _Scratch
+    planes: Tensor,
+    p: dict[str, Tensor],
+    blurred: Tensor,
+    turned: Tensor,
+    size: int,
+    mean: Tensor,
+    std: Tensor,
+    scratch: _Scratch,
 ) -> Tensor:
-    """One view of planes [b, 3, h, w] (0 to 255) as float32 [b, 3, size, size] from 0 to 1.
+    """One view of planes [b, h, 3, w] (0 to 255) as normalized float32 [b, 3, size, size].
 
-    `p` are the parameters of the images, `turned` the positions of those that are rotated.
+    `p` are the parameters of the images, `blurred` and `turned` the positions of those that are.
     """
-    (b, _, height, width), dtype = planes.shape, planes.dtype
+    (b, height, _, width), dtype = planes.shape, planes.dtype
     top, left, crop_height, crop_width = p["boxes"].unbind(1)
     rows = resize_matrices(top, crop_height, height, size).to(dtype)
     columns = resize_matrices(left, crop_width, width, size, p["flip"]).to(dtype)
-    if view.blur_p:
-        blur = blur_matrices(p["sigma"], size).to(dtype)
-        rows, columns = torch.bmm(blur, rows), torch.bmm(blur, columns)
-    half = scratch("half", dtype, b, 3 * height, size)
-    torch.bmm(planes.view(b, 3 * height, width), columns.transpose(1, 2), out=half)
-    each = scratch("rows", dtype, b, 3, size, height).copy_(rows[:, None])  # for each channel
-    whole = scratch("whole", dtype, 3 * b, size, size)
-    torch.bmm(each.view(3 * b, size, height), half.view(3 * b, height, size), out=whole)
-    x = scratch("x", torch.float32, b, 3, size * size)
-    x.copy_(whole.view(x.shape))
+    if len(blurred):
+        blur = blur_matrices(p["sigma"][blurred], size).to(dtype)
+        rows[blurred] = torch.bmm(blur, rows[blurred])
+        columns[blurred] = torch.bmm(blur, columns[blurred])
+    half = scratch("half", dtype, b, size, 3 * width)
+    torch.bmm(rows, planes.view(b, height, 3 * width), out=half)
+    whole = scratch("whole", dtype, b, size * 3, size)
+    torch.bmm(half.view(b, size * 3, width), columns.transpose(1, 2), out=whole)
+    x = scratch("x", torch.float32, b, 3, size, size)
+    x.copy_(whole.view(b, size, 3, size).transpose(1, 2))
     if len(turned):
-        images = x.view(b, 3, size, size)
-        images[turned] = rotate(images[turned], p["degrees"][turned])
-    matrices, pivots = p["matrices"].transpose(0, 1), p["pivots"].transpose(0, 1)
-    recolor(x, scratch("spare", torch.float32, *x.shape), matrices, pivots, p["gray"])
-    if view.solarize_p:
-        inverted = p["solarize"][:, None, None] & (x >= view.solarize_threshold)
-        x = torch.where(inverted, 1 - x, x)
-    return x.view(b, 3, size, size)
+        x[turned] = rotate(x[turned], p["degrees"][turned])
+    flat = x.view(b, 3, size * size)
+    spare = scratch("spare", torch.float32, *flat.shape)
+    recolor(flat, spare, p["of_pixel"], p["of_mean"], mean, std)
+    return x
+
+
+def _solarize(x: Tensor, where: Tensor, threshold: float, mean: Tensor, std: Tensor) -> Tensor:
+    """Invert normalized values x [b, 3, s, s] from `threshold` on, in the images `where` [b]."""
+    mean, std = mean[:, None, None], std[:, None, None]
+    inverted = where[:, None, None, None] & (x >= (threshold - mean) / std)
+    return torch.where(inverted, (1 - 2 * mean) / std - x, x)
 
 
 def _on_device(
-    view: View, u: Uniforms, height: int, width: int, device: torch.device
-) -> tuple[dict[str, Tensor], npt.NDArray[np.bool_]]:
-    """The parameters of a batch as tensors, color steps included, and which images are rotated."""
+    view: View, u: Uniforms, height: int, width: int, mean: Tensor, std: Tensor
+) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
+    """The parameters of a batch as tensors on the device of `mean`, and as they are drawn."""
     host = parameters(view, u, height, width)
-    p = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in host.items()}
-    matrices, pivots = color_steps(p["factors"], p["order"])
-    p |= {"matrices": matrices.transpose(0, 1), "pivots": pivots.transpose(0, 1)}  # images first
-    return p, host["degrees"] != 0
+    p = {k: torch.from_numpy(v).to(mean.device, non_blocking=True) for k, v in host.items()}
+    p["of_pixel"], p["of_mean"] = color_maps(p["factors"], p["order"], p["gray"], mean, std)
+    return p, host
 
 
 @torch.no_grad()
@@ -215,8 +225,8 @@ def make_views(
     views: Sequence[View],
     u: Uniforms,
     size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Views of a uint8 batch [b, h, w, 3] as a list of normalized tensors [b, 3, size, size].
@@ -228,18 +238,22 @@ def make_views(
     device, (b, height, width) = images.device, images.shape[:3]
     dtype = dtype or matmul_dtype(device)
     specs = [view for view in views for _ in range(view.count)]
-    drawn = [_on_device(v, u[k], height, width, device) for k, v in enumerate(specs)]
-    shift = torch.tensor(mean, device=device)[:, None, None]
-    scale = torch.tensor(std, device=device).reciprocal()[:, None, None]
+    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    drawn = [_on_device(v, u[k], height, width, mean, std) for k, v in enumerate(specs)]
     out = [torch.empty(b, 3, size, size, dtype=dtype, device=device) for _ in specs]
     piece, scratch = (_PIECE if device.type == "cpu" else b), _Scratch(device)
     for start in range(0, b, piece):
         part = slice(start, start + piece)
-        planar = images[part].permute(0, 3, 1, 2).contiguous()
+        planar = images[part].permute(0, 1, 3, 2).contiguous()
         planes = scratch("planes", dtype, *planar.shape).copy_(planar)
-        for view, (p, turned), result in zip(specs, drawn, out, strict=True):
-            rotated = torch.from_numpy(np.flatnonzero(turned[part])).to(device)
+        for view, (p, host), result in zip(specs, drawn, out, strict=True):
             own = {k: t[part] for k, t in p.items()}
-            x = _augment(planes, own, rotated, view, size, scratch)
-            result[part] = x.sub_(shift).mul_(scale)
+            blurred, turned = (
+                torch.from_numpy(np.flatnonzero(host[k][part])).to(device, non_blocking=True)
+                for k in ("sigma", "degrees")
+            )
+            x = _augment(planes, own, blurred, turned, size, mean, std, scratch)
+            if view.solarize_p:
+                x = _solarize(x, own["solarize"], view.solarize_threshold, mean, std)
+            result[part] = x
     return out
