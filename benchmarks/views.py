@@ -15,7 +15,7 @@ import torch
 from lightly.transforms import SimCLRTransform
 from PIL import Image
 
-from pipeline.views import View, make_views, uniforms
+from pipeline.views import View, Views, uniforms
 
 ROUNDS = 7
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,13 +38,13 @@ def main() -> None:
     torch.set_num_threads(1)
     images = photographs(count)
     pillow, packed = [Image.fromarray(i) for i in images], torch.from_numpy(images)
-    transform = SimCLRTransform(input_size=96)
+    make, transform = Views([View()], MEAN, STD), SimCLRTransform(input_size=96)
 
     def ours(step: int) -> float:
         began = time.perf_counter()
         for start in range(0, count, 256):
             part = packed[start : start + 256]
-            make_views(part, [View()], uniforms(0, step, len(part), 2), 96, MEAN, STD)
+            make(part, uniforms(0, step, len(part), 2), 96)
         return count / (time.perf_counter() - began)
 
     def theirs() -> float:

@@ -27,7 +27,7 @@ from pipeline.optim import Optimizer, build_optimizer, schedule, set_lr
 from pipeline.packed import Pool
 from pipeline.progress import progress
 from pipeline.synthetic import make
-from pipeline.views import View, make_views, matmul_dtype, uniforms
+from pipeline.views import View, Views, matmul_dtype, uniforms
 
 SEEDS = (0, 1, 2)
 BATCH = 128
@@ -61,12 +61,13 @@ def pretrained(pool: Pool, seed: int, steps: int, size: int, ours: bool) -> torc
     method = SimCLR(build_encoder("resnet18"), 0.2).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(Optimizer(), {method: 1.0}, BATCH)
     dtype = matmul_dtype(torch.device("cpu"))
+    make = Views([View()], MEAN, STD, dtype)
 
     def views(step: int) -> list[Tensor]:
         images = pool.gather(batch_at(len(pool), BATCH, seed, step))
         if ours:
             u = uniforms(seed, step, BATCH, 2)
-            return make_views(torch.from_numpy(images), [View()], u, size, MEAN, STD, dtype)
+            return make(torch.from_numpy(images), u, size)
         pairs = [transform(Image.fromarray(image)) for image in images]
         return [torch.stack([p[k] for p in pairs]).to(dtype) for k in (0, 1)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.batches import batch_at, slice_of
 from pipeline.packed import Pool
-from pipeline.views import View, make_views, uniforms
+from pipeline.views import View, Views, uniforms
 
 
 @dataclass
@@ -35,7 +35,8 @@ class Feed:
         a = self.accelerator
         self.mine = slice_of(self.batch_size, a.process_index, a.num_processes)
         self.count = sum(view.count for view in self.views)
-        self.dtype = torch.bfloat16 if a.mixed_precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if a.mixed_precision == "bf16" else torch.float32
+        self.make = Views(self.views, self.mean, self.std, dtype)
 
     def fetch(self, step: int) -> tuple[Tensor, Tensor | None]:
         """The images [b, h, w, 3] uint8 of `step` and their targets, on the device."""
@@ -52,6 +53,6 @@ class Feed:
         """The module's arguments: augmented, normalized, in the layout convolutions like."""
         images, targets = fetched
         u = uniforms(self.seed, step, self.batch_size, self.count)[:, self.mine]
-        views = make_views(images, self.views, u, resolution, self.mean, self.std, self.dtype)
+        views = self.make(images, u, resolution)
         views = [v.contiguous(memory_format=torch.channels_last) for v in views]
         return (views,) if targets is None else (views[0], targets)

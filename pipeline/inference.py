@@ -16,7 +16,7 @@ from pipeline.distributed import barrier, rank, world_size
 from pipeline.manifest import Contest
 from pipeline.packed import Pool
 from pipeline.progress import progress
-from pipeline.views import WHOLE, make_views, matmul_dtype, uniforms
+from pipeline.views import WHOLE, Views, matmul_dtype, uniforms
 
 
 @torch.no_grad()
@@ -68,6 +68,7 @@ def predict(
     device = next(model.parameters()).device
     dtype = torch.float32 if exact else matmul_dtype(device)
     model.eval()
+    whole = Views([WHOLE], mean, std, dtype)
     mine = part or slice(0, len(pool))
     starts = range(mine.start, mine.stop, batch)
 
@@ -78,7 +79,7 @@ def predict(
     with progress(what, mine.stop - mine.start, "images") as advance:
         for start, images in zip(starts, prefetch(fetch, 0, len(starts)), strict=True):
             u = uniforms(0, 0, len(images), 1)
-            x = make_views(images, [WHOLE], u, size, mean, std, dtype)[0]
+            x = whole(images, u, size)[0]
             x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 y = model(x).float()

@@ -1,6 +1,7 @@
 """The maps that views are made of, each for a whole batch: crop, resize, blur, color, rotation."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Range = tuple[float, float]
+Limits = Sequence[Range]
+"""What 0 and 1 are in each channel when normalized."""
 Uniforms = npt.NDArray[np.float32]
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow and torchvision
 CROP_TRIES = 10  # as in torchvision's RandomResizedCrop
@@ -45,14 +48,13 @@ def crop_boxes(
     return boxes.astype(np.float32)
 
 
-def resize_matrices(
+def resize_grid(
     start: Tensor, length: Tensor, inputs: int, outputs: int, mirror: Tensor | None = None
-) -> Tensor:
-    """Antialiased bilinear resampling of [start, start + length) to `outputs` pixels.
+) -> tuple[Tensor, Tensor]:
+    """Where the pixels of [start, start + length) and those resampled from them lie.
 
-    The result is [b, outputs, inputs]; where `mirror` [b] holds, the outputs come in reverse order.
-    Pillow's triangle filter (`ImagingResample`): its support grows with the reduction, and it never
-    reads outside the crop.
+    Returns places in units of the filter's support: of the inputs [b, inputs], infinite outside of
+    the range, and of the outputs [b, outputs], in reverse order where `mirror` [b] holds.
     """
     device = start.device
     scale = (length / outputs)[:, None]
@@ -60,27 +62,42 @@ def resize_matrices(
     center = (torch.arange(outputs, device=device) + 0.5).expand(len(start), -1)
     if mirror is not None:
         center = torch.where(mirror[:, None], outputs - center, center)
-    center = center * scale * per_support
     offset = torch.arange(inputs, device=device) - start[:, None]
     inside = (offset >= 0) & (offset < length[:, None])
     position = torch.where(inside, (offset + 0.5) * per_support, torch.inf)
-    weights = (position[:, None, :] - center[:, :, None]).abs_().neg_().add_(1).clamp_min_(0)
+    return position, center * scale * per_support
+
+
+def resize_matrices(position: Tensor, center: Tensor, out: Tensor) -> Tensor:
+    """Antialiased bilinear resampling on a `resize_grid`, as matrices `out` [b, outputs, inputs].
+
+    Pillow's triangle filter (`ImagingResample`): its support grows with the reduction, and it never
+    reads outside the crop.
+    """
+    weights = torch.sub(position[:, None, :], center[:, :, None], out=out).abs_()
+    weights.neg_().add_(1).clamp_min_(0)
     return weights.mul_(weights.sum(2, keepdim=True).reciprocal_())
 
 
-def blur_matrices(sigma: Tensor, size: int) -> Tensor:
-    """Gaussian blur, the edge pixel repeated outside, as [b, size, size]; sigma 0 is the
-    identity.
+def blur_integrals(sigma: Tensor, size: int) -> Tensor:
+    """Integrals of Gaussians up to the borders of the pixels at distance 1 - size to size, [b, 2 *
+    size].
     """
-    distance = torch.arange(1 - size, size + 1, device=sigma.device) - 0.5  # of pixel borders
-    below = torch.special.ndtr(distance / sigma.clamp_min(1e-3)[:, None])  # [b, 2 * size]
+    border = torch.arange(1 - size, size + 1, device=sigma.device) - 0.5
+    return torch.special.ndtr(border / sigma.clamp_min(1e-3)[:, None])
+
+
+def blur_matrices(below: Tensor, size: int) -> Tensor:
+    """Gaussian blur, the edge pixel repeated outside, as [b, size, size]; sigma 0 is the
+    identity.  `below` are the `blur_integrals`.
+    """
     kernel = below.diff(dim=1)  # weight of the pixel at distance 1 - size … size - 1
     # Row i is kernel[size - 1 - i :][:size]: windows of the kernel, from the last to the first.
     matrix = kernel.unfold(1, size, 1).flip(1)
     # what falls outside is folded onto the first and the last pixel
     matrix[:, :, 0] = below[:, 1 : size + 1].flip(1)
     matrix[:, :, -1] = 1 - below[:, size - 1 : 2 * size - 1].flip(1)
-    return matrix  # type: ignore[no-any-return]
+    return matrix
 
 
 def hue_matrices(turns: Tensor) -> Tensor:
@@ -109,9 +126,7 @@ def color_steps(factors: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     return matrices.transpose(0, 1), pivots.T[:, :, None]
 
 
-def color_maps(
-    factors: Tensor, order: Tensor, gray: Tensor, mean: Tensor, std: Tensor
-) -> tuple[Tensor, Tensor]:
+def color_maps(factors: Tensor, order: Tensor, gray: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """All color operations as two maps of images x [b, 3, n], to be clamped after each of them.
 
     Returns (A, B), both [b, 2, 3, 3].  The first map is A x + B m, where m [b, 3, 1] is the mean
@@ -130,17 +145,27 @@ def color_maps(
     return a.transpose(0, 1), m.transpose(0, 1)
 
 
-def recolor(x: Tensor, spare: Tensor, a: Tensor, b: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The maps `a` and `b` of `color_maps` on x [b, 3, n], 0 to 255, clamped after each of them.
+def recolor(x: Tensor, spare: Tensor, of_pixel: Tensor, of_mean: Tensor, limits: Limits) -> None:
+    """The maps A and B of `color_maps` in place on x [b, 3, n], 0 to 255, clamped after each.
 
-    The result is in the memory of x; `spare` is of the same shape and overwritten.
+    `spare` is of the shape of x and overwritten.
     """
-    torch.baddbmm(b[:, 0] @ x.mean(2, keepdim=True), a[:, 0], x, out=spare).clamp_(0, 1)
-    shift = (mean / std)[:, None]
-    torch.baddbmm(b[:, 1] @ spare.mean(2, keepdim=True) - shift, a[:, 1], spare, out=x)
-    for channel, m, s in zip(x.unbind(1), mean.tolist(), std.tolist(), strict=True):
-        channel.clamp_(-m / s, (1 - m) / s)
-    return x
+    first = of_mean[:, 0] @ x.mean(2, keepdim=True)
+    torch.baddbmm(first, of_pixel[:, 0], x, out=spare).clamp_(0, 1)
+    shift = torch.tensor([low for low, _ in limits], device=x.device)[:, None]
+    second = of_mean[:, 1] @ spare.mean(2, keepdim=True) + shift
+    torch.baddbmm(second, of_pixel[:, 1], spare, out=x)
+    for channel, (low, high) in zip(x.unbind(1), limits, strict=True):
+        channel.clamp_(low, high)
+
+
+def solarize(x: Tensor, chosen: Tensor, threshold: float, limits: Limits) -> None:
+    """Invert, in place, the values from `threshold` (0 to 1) on of the images where `chosen` [b]
+    holds; x [b, 3, s, s] is normalized.
+    """
+    for channel, (low, high) in zip(x.unbind(1), limits, strict=True):
+        inverted = chosen[:, None, None] & (channel >= low + threshold * (high - low))
+        channel.copy_(torch.where(inverted, low + high - channel, channel))
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:

@@ -24,12 +24,15 @@ from pipeline.view_maps import (
     Range,
     Uniforms,
     between,
+    blur_integrals,
     blur_matrices,
     color_maps,
     crop_boxes,
     recolor,
+    resize_grid,
     resize_matrices,
     rotate,
+    solarize,
 )
 
 _PIECE = 32  # images that stay in the cache of a CPU core
@@ -153,107 +156,107 @@ def matmul_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if supported else torch.float32
 
 
-class _Scratch:
-    """Memory for intermediate results, used by every piece: fresh pages cost more than the sums."""
+class Views:
+    """Makes the views of batches, in memory of its own: fresh pages cost more than the sums.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.held = device, dict[str, Tensor]()
+    What a call returns is therefore overwritten by the next one (autograd notices where a graph
+    still needs it).
+    """
 
-    def __call__(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        size = math.prod(shape)
+    def __init__(
+        self,
+        views: Sequence[View],
+        mean: Sequence[float],
+        std: Sequence[float],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`mean` and `std` are of values from 0 to 1; `dtype` is that of the matrix products and of
+        the result, None takes `matmul_dtype`.
+        """
+        self.views = [view for view in views for _ in range(view.count)]
+        self.std, self.dtype = std, dtype
+        self.limits = [(-m / s, (1 - m) / s) for m, s in zip(mean, std, strict=True)]
+        self.held = dict[str, Tensor]()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, u: Uniforms, size: int) -> list[Tensor]:
+        """A uint8 batch [b, h, w, 3] as normalized views, each [b, 3, size, size].
+
+        `u` is [v, b, draws] from `uniforms`, where v is the number of views.  On a CPU a batch goes
+        through in pieces that stay in the cache.
+        """
+        self.device, b = images.device, len(images)
+        dtype = self.dtype or matmul_dtype(self.device)
+        drawn = [self._maps(v, u[k], images, size) for k, v in enumerate(self.views)]
+        results = [
+            self._memory(f"view {k}", dtype, b, 3, size, size) for k in range(len(self.views))
+        ]
+        piece = _PIECE if self.device.type == "cpu" else b
+        for start in range(0, b, piece):
+            part = slice(start, start + piece)
+            planar = _planar(images[part])
+            planes = self._memory("planes", dtype, *planar.shape).copy_(planar)
+            for view, maps, result in zip(self.views, drawn, results, strict=True):
+                own = {k: t[part] for k, t in maps.items()}
+                result[part] = self._augment(planes, view, own, size)
+        return results
+
+    def _memory(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A tensor of any content, in the memory held under `name`."""
+        size = math.prod(shape) * dtype.itemsize
         if name not in self.held or self.held[name].numel() < size:
-            self.held[name] = torch.empty(size, dtype=dtype, device=self.device)
-        return self.held[name][:size].view(shape)
+            self.held[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self.held[name][:size].view(dtype).view(shape)
+
+    def _maps(self, view: View, u: Uniforms, images: Tensor, size: int) -> dict[str, Tensor]:
+        """What the maps of one view are made from, for each image of a batch."""
+        (_, height, width, _), device = images.shape, self.device
+        drawn = parameters(view, u, height, width)
+        p = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in drawn.items()}
+        top, left, crop_height, crop_width = p["boxes"].unbind(1)
+        maps = {"solarize": p["solarize"], "degrees": p["degrees"]}
+        maps["row_in"], maps["row_out"] = resize_grid(top, crop_height, height, size)
+        maps["column_in"], maps["column_out"] = resize_grid(
+            left, crop_width, width, size, p["flip"]
+        )
+        if view.blur_p:
+            maps["blur"] = blur_integrals(p["sigma"], size)
+        std = torch.tensor(self.std, device=device)
+        maps["of_pixel"], maps["of_mean"] = color_maps(p["factors"], p["order"], p["gray"], std)
+        return maps
+
+    def _augment(self, planes: Tensor, view: View, maps: dict[str, Tensor], size: int) -> Tensor:
+        """One view of planes [b, h, 3, w] (0 to 255) as normalized float32 [b, 3, size, size]."""
+        (b, height, _, width), dtype = planes.shape, planes.dtype
+        blur = blur_matrices(maps["blur"], size).to(dtype) if view.blur_p else None
+
+        def matrices(axis: str, inputs: int) -> Tensor:
+            shape = b, size, inputs
+            weights = self._memory("weights", torch.float32, *shape)
+            resize_matrices(maps[f"{axis}_in"], maps[f"{axis}_out"], weights)
+            resize = self._memory("resize", dtype, *shape).copy_(weights)
+            if blur is None:
+                return resize
+            return torch.bmm(blur, resize, out=self._memory("blurred", dtype, *shape))
+
+        half = self._memory("half", dtype, b, size, 3 * width)
+        torch.bmm(matrices("row", height), planes.view(b, height, 3 * width), out=half)
+        columns = matrices("column", width).transpose(1, 2)
+        whole = self._memory("whole", dtype, b, size * 3, size)
+        torch.bmm(half.view(b, size * 3, width), columns, out=whole)
+        x = self._memory("x", torch.float32, b, 3, size, size)
+        x.copy_(whole.view(b, size, 3, size).transpose(1, 2))
+        if view.rotation_p:
+            x = rotate(x, maps["degrees"])
+        spare = self._memory("half", torch.float32, b, 3, size * size)  # which is done with
+        recolor(x.view(spare.shape), spare, maps["of_pixel"], maps["of_mean"], self.limits)
+        if view.solarize_p:
+            solarize(x, maps["solarize"], view.solarize_threshold, self.limits)
+        return x
 
 
-def _augment(
-    planes: Tensor,
-    p: dict[str, Tensor],
-    blurred: Tensor,
-    turned: Tensor,
-    size: int,
-    mean: Tensor,
-    std: Tensor,
-    scratch: _Scratch,
-) -> Tensor:
-    """One view of planes [b, h, 3, w] (0 to 255) as normalized float32 [b, 3, size, size].
-
-    `p` are the parameters of the images, `blurred` and `turned` the positions of those that are.
-    """
-    (b, height, _, width), dtype = planes.shape, planes.dtype
-    top, left, crop_height, crop_width = p["boxes"].unbind(1)
-    rows = resize_matrices(top, crop_height, height, size).to(dtype)
-    columns = resize_matrices(left, crop_width, width, size, p["flip"]).to(dtype)
-    if len(blurred):
-        blur = blur_matrices(p["sigma"][blurred], size).to(dtype)
-        rows[blurred] = torch.bmm(blur, rows[blurred])
-        columns[blurred] = torch.bmm(blur, columns[blurred])
-    half = scratch("half", dtype, b, size, 3 * width)
-    torch.bmm(rows, planes.view(b, height, 3 * width), out=half)
-    whole = scratch("whole", dtype, b, size * 3, size)
-    torch.bmm(half.view(b, size * 3, width), columns.transpose(1, 2), out=whole)
-    x = scratch("x", torch.float32, b, 3, size, size)
-    x.copy_(whole.view(b, size, 3, size).transpose(1, 2))
-    if len(turned):
-        x[turned] = rotate(x[turned], p["degrees"][turned])
-    flat = x.view(b, 3, size * size)
-    spare = scratch("spare", torch.float32, *flat.shape)
-    recolor(flat, spare, p["of_pixel"], p["of_mean"], mean, std)
-    return x
-
-
-def _solarize(x: Tensor, where: Tensor, threshold: float, mean: Tensor, std: Tensor) -> Tensor:
-    """Invert normalized values x [b, 3, s, s] from `threshold` on, in the images `where` [b]."""
-    mean, std = mean[:, None, None], std[:, None, None]
-    inverted = where[:, None, None, None] & (x >= (threshold - mean) / std)
-    return torch.where(inverted, (1 - 2 * mean) / std - x, x)
-
-
-def _on_device(
-    view: View, u: Uniforms, height: int, width: int, mean: Tensor, std: Tensor
-) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[Any]]]:
-    """The parameters of a batch as tensors on the device of `mean`, and as they are drawn."""
-    host = parameters(view, u, height, width)
-    p = {k: torch.from_numpy(v).to(mean.device, non_blocking=True) for k, v in host.items()}
-    p["of_pixel"], p["of_mean"] = color_maps(p["factors"], p["order"], p["gray"], mean, std)
-    return p, host
-
-
-@torch.no_grad()
-def make_views(
-    images: Tensor,
-    views: Sequence[View],
-    u: Uniforms,
-    size: int,
-    mean: Sequence[float] | Tensor,
-    std: Sequence[float] | Tensor,
-    dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    """Views of a uint8 batch [b, h, w, 3] as a list of normalized tensors [b, 3, size, size].
-
-    `u` is [v, b, draws] from `uniforms`, where v is the sum of the counts; `mean` and `std` are of
-    values from 0 to 1; `dtype` is that of the products and the result, None takes `matmul_dtype`.
-    On a CPU a batch goes through in pieces that stay in the cache.
-    """
-    device, (b, height, width) = images.device, images.shape[:3]
-    dtype = dtype or matmul_dtype(device)
-    specs = [view for view in views for _ in range(view.count)]
-    mean, std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    drawn = [_on_device(v, u[k], height, width, mean, std) for k, v in enumerate(specs)]
-    out = [torch.empty(b, 3, size, size, dtype=dtype, device=device) for _ in specs]
-    piece, scratch = (_PIECE if device.type == "cpu" else b), _Scratch(device)
-    for start in range(0, b, piece):
-        part = slice(start, start + piece)
-        planar = images[part].permute(0, 1, 3, 2).contiguous()
-        planes = scratch("planes", dtype, *planar.shape).copy_(planar)
-        for view, (p, host), result in zip(specs, drawn, out, strict=True):
-            own = {k: t[part] for k, t in p.items()}
-            blurred, turned = (
-                torch.from_numpy(np.flatnonzero(host[k][part])).to(device, non_blocking=True)
-                for k in ("sigma", "degrees")
-            )
-            x = _augment(planes, own, blurred, turned, size, mean, std, scratch)
-            if view.solarize_p:
-                x = _solarize(x, own["solarize"], view.solarize_threshold, mean, std)
-            result[part] = x
-    return out
+def _planar(images: Tensor) -> Tensor:
+    """[b, h, w, 3] as [b, h, 3, w]; on a CPU numpy moves bytes twice as fast as torch."""
+    if images.device.type == "cpu":
+        return torch.from_numpy(np.ascontiguousarray(images.numpy().transpose(0, 1, 3, 2)))
+    return images.transpose(2, 3)

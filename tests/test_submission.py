@@ -20,7 +20,7 @@ from pipeline.encoders import build_encoder
 from pipeline.inference import predict_split
 from pipeline.manifest import Contest, load_contest, write_manifest
 from pipeline.packed import Form, decode, to_rgb
-from pipeline.views import WHOLE, make_views, uniforms
+from pipeline.views import WHOLE, Views, uniforms
 from stages import submit
 from tests.conftest import draw
 
@@ -205,7 +205,7 @@ def pipelines(image: Image.Image, resolution: int) -> torch.Tensor:
     """What the pipeline makes of the image, packed."""
     pixels = torch.from_numpy(np.array(image))[None]
     u = uniforms(0, 0, 1, 1)
-    return make_views(pixels, [WHOLE], u, resolution, MEAN, STD, torch.float32)[0][0]
+    return Views([WHOLE], MEAN, STD, torch.float32)(pixels, u, resolution)[0][0]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "I;16"])

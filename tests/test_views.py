@@ -11,7 +11,7 @@ from torchvision.transforms import functional as TF
 
 from pipeline import InputError
 from pipeline.view_maps import crop_boxes
-from pipeline.views import WHOLE, View, make_views, parameters, uniforms
+from pipeline.views import WHOLE, View, Views, parameters, uniforms
 
 OFF = {
     "crop_p": 0,
@@ -35,7 +35,8 @@ def smooth_images(n: int = 6, size: int = 48) -> np.ndarray:
 
 def one_view(images: np.ndarray, spec: View, size: int, seed: int = 0) -> tuple[torch.Tensor, dict]:
     u = uniforms(seed, 3, len(images), 1)
-    x = make_views(torch.from_numpy(images), [spec], u, size, (0, 0, 0), (1, 1, 1), torch.float32)
+    make = Views([spec], (0, 0, 0), (1, 1, 1), torch.float32)
+    x = make(torch.from_numpy(images), u, size)
     return x[0], parameters(spec, u[0], *images.shape[1:3])
 
 
@@ -65,10 +66,10 @@ def test_whole_view_is_the_image_itself() -> None:
 def test_odd_batches_in_pieces_equal_single_images() -> None:
     images, spec = smooth_images(35, 24), View()
     u = uniforms(1, 2, 35, 2)
-    args = (16, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), torch.float32)
-    together = make_views(torch.from_numpy(images), [spec], u, *args)
+    make = Views([spec], (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), torch.float32)
+    together = [x.clone() for x in make(torch.from_numpy(images), u, 16)]
     for k in (0, 31, 34):
-        alone = make_views(torch.from_numpy(images[k : k + 1]), [spec], u[:, k : k + 1], *args)
+        alone = make(torch.from_numpy(images[k : k + 1]), u[:, k : k + 1], 16)
         for a, b in zip(alone, together, strict=True):
             torch.testing.assert_close(a[0], b[k], rtol=1e-5, atol=1e-5)
 
@@ -209,7 +210,7 @@ def test_distribution_on_real_images_is_torchvisions(real_images: np.ndarray) ->
     spec = View(1)
     u = uniforms(0, 0, len(real_images), 1)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    ours = make_views(torch.from_numpy(real_images), [spec], u, 96, mean, std)[0].float()
+    ours = Views([spec], mean, std)(torch.from_numpy(real_images), u, 96)[0].float()
     p = parameters(spec, u[0], 96, 96)
     theirs = torch.stack([reference(real_images[k], p, k, 96) for k in range(len(real_images))])
     dims = (0, 2, 3)
