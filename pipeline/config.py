@@ -164,8 +164,12 @@ class Finetune:
         default_factory=lambda: View(1, crop_scale=(0.2, 1.0), jitter_p=0, grayscale_p=0, blur_p=0)
     )
     """Augmentation of the training images."""
-    resolution: int | None = None
-    """Pixels of the training and evaluation images; null takes the packed size."""
+    resolutions: list[int] | None = None
+    """Pixels of the training images; several share the budget equally; null takes the packed
+    size."""
+    eval_resolution: int | None = None
+    """Pixels of the classified images; null takes the last of `resolutions`.  A little above it is
+    often better: crops enlarge what they show (FixRes, arXiv 1906.06423)."""
     batch_size: int = 128
     """Images in a step, over all processes."""
     epochs: float | None = None

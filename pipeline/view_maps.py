@@ -80,11 +80,10 @@ def resize_matrices(position: Tensor, center: Tensor, out: Tensor) -> Tensor:
 
 
 def blur_integrals(sigma: Tensor, size: int) -> Tensor:
-    """Integrals of Gaussians up to the borders of the pixels at distance 1 - size to size, [b, 2 *
-    size].
-    """
+    """Integrals of Gaussians up to the borders of pixels, [b, 2 * size], around the one between."""
     border = torch.arange(1 - size, size + 1, device=sigma.device) - 0.5
-    return torch.special.ndtr(border / sigma.clamp_min(1e-3)[:, None])
+    below: Tensor = torch.special.ndtr(border / sigma.clamp_min(1e-3)[:, None])
+    return below
 
 
 def blur_matrices(below: Tensor, size: int) -> Tensor:

@@ -1,8 +1,9 @@
 """Embed every split with the pretrained encoder.
 
-python -m stages.embed --recipe recipes/demo.yaml Reads runs/ENTRY/pretrain/encoder.safetensors and
-data/CONTEST/SPLIT.npy; writes runs/ENTRY/embeddings/ SPLIT.npy, float32 [images, d] of unit length
-(rows of skipped images are zero).
+python -m stages.embed --recipe recipes/demo.yaml
+Reads runs/ENTRY/pretrain/encoder.safetensors and data/CONTEST/SPLIT.npy; writes
+runs/ENTRY/embeddings/SPLIT.npy, float32 [images, d] of unit length (rows of skipped images are
+zero).
 """
 
 from dataclasses import dataclass, field

@@ -1,10 +1,10 @@
-"""Train a classifier on every label there is: round K, K being the number of label files beyond
-train.
+"""Train a classifier on every label there is.
 
-python -m stages.finetune --recipe recipes/demo.yaml Reads the pretrained encoder,
-data/CONTEST/SPLIT.npy and the label manifests (train.csv, requested-*.csv, the newest
-pseudo-K.csv); writes runs/ENTRY/finetune-K/{classifier.safetensors, logits/SPLIT.npy,
-trained_on.csv, holdout.csv, report.txt, confusion.png, history.json, provenance.json}.
+python -m stages.finetune --recipe recipes/demo.yaml
+Reads the pretrained encoder, data/CONTEST/SPLIT.npy and the label manifests (train.csv,
+requested-*.csv, the newest pseudo-K.csv); writes runs/ENTRY/finetune-K/{classifier.safetensors,
+logits/SPLIT.npy, trained_on.csv, holdout.csv, report.txt, confusion.png, history.json,
+provenance.json}.  The round K is the number of label files beyond train.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -103,8 +103,10 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out"
     )
     encoder, spec = _encoder(recipe, pretrained)
-    size, width = c.resolution or contest.size[0], features(encoder)
-    check_size(encoder, size)
+    resolutions, width = c.resolutions or [contest.size[0]], features(encoder)
+    size = c.eval_resolution or resolutions[-1]
+    for pixels in {*resolutions, size}:
+        check_size(encoder, pixels)
     classifier = Classifier(encoder, build_head(c.head, width, contest.classes))
     classifier.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if c.probe_first and c.head == "linear" and c.init != "scratch":
@@ -112,7 +114,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     freeze(encoder, c.train, c.blocks)
     seen = contest.manifest("val").usable() if c.monitor == "val" else held
     trainer = finetuner(recipe, contest, classifier, accelerator, facts, train, seen, size)
-    plan = trainer.plan(c, len(train), [size])
+    plan = trainer.plan(c, len(train), resolutions)
     history = trainer.fit(plan, "finetune")
     final = trainer.module.final()  # type: ignore[operator]
     head = {"kind": c.head, "features": width, "classes": contest.classes}

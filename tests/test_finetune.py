@@ -14,6 +14,7 @@ from pipeline.encoders import build_encoder
 from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
 from pipeline.runs import read_json
 from pipeline.trainer import Trainer
+from pipeline.views import WHOLE, Views, uniforms
 from stages import finetune, pretrain
 
 from .conftest import TINY
@@ -72,6 +73,22 @@ def test_a_round_learns_and_keeps_what_follows(pretrained: Path) -> None:
     text = (folder / "report.txt").read_text()
     assert "precision" in text
     assert (folder / "confusion.png").stat().st_size > 1000
+
+
+def test_images_may_be_classified_larger_than_trained_with(pretrained: Path) -> None:
+    folder = run(
+        "--finetune.steps=4", "--finetune.resolutions=[32,40]", "--finetune.eval_resolution=48"
+    )
+    assert read_json(folder / "plan.json", "")["resolutions"] == [32, 40]
+    classifier, meta = load_classifier(folder / "classifier.safetensors")
+    assert meta["resolution"] == 48
+    contest = load_contest("tiny")
+    pixels = torch.from_numpy(contest.packed("val")[:3].copy())
+    whole = Views([WHOLE], contest.mean, contest.std, torch.float32)
+    with torch.no_grad():
+        logits = classifier(whole(pixels, uniforms(0, 0, 3, 1), 48)[0])
+    kept = np.load(folder / "logits" / "val.npy")[:3]
+    np.testing.assert_allclose(logits.numpy(), kept, rtol=1e-3, atol=1e-3)
 
 
 def test_rounds_follow_the_label_files(pretrained: Path) -> None:
