@@ -18,6 +18,15 @@ class Plan:
     def total(self) -> int:
         return sum(self.steps)
 
+    def share(self, step: int) -> float:
+        """How much of the run's pixels, 0 to 1, is seen before `step`."""
+        pixels = [r * r for r in self.resolutions]
+        seen = 0
+        for size, steps in zip(pixels, self.steps, strict=True):
+            seen += size * min(step, steps)
+            step -= min(step, steps)
+        return seen / sum(s * n for s, n in zip(pixels, self.steps, strict=True))
+
     def resolution(self, step: int) -> int:
         for size, steps in zip(self.resolutions, self.steps, strict=True):
             if step < steps:

@@ -2,12 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from pipeline.distributed import rank
 
@@ -19,15 +19,21 @@ class Advance(Protocol):
 
 
 @contextmanager
-def progress(what: str, total: int, unit: str, start: int = 0) -> Iterator[Advance]:
+def progress(
+    what: str, total: int, unit: str, start: int = 0, share: Callable[[int], float] | None = None
+) -> Iterator[Advance]:
     """A function to call with the number of units just done and a short note, as the loss.
 
-    `start` units were done by an earlier run and do not count for the rate.
+    `start` units were done by an earlier run and do not count for the rate.  `share(units)` is how
+    much of the work (0 to 1) so many units are, where they do not all cost the same.
     """
     began, last, done = time.monotonic(), time.monotonic(), start
+    share = share or (lambda units: units / max(total, 1))
 
-    def rate() -> float:
-        return (done - start) / max(time.monotonic() - began, 1e-9)
+    def speed() -> str:
+        elapsed = max(time.monotonic() - began, 1e-9)
+        left = elapsed * (1 - share(done)) / max(share(done) - share(start), 1e-9)
+        return f"{(done - start) / elapsed:,.1f}/s, {left / 60:.1f} min left"
 
     if rank() != 0:
         yield lambda n=1, note="": None
@@ -39,13 +45,8 @@ def progress(what: str, total: int, unit: str, start: int = 0) -> Iterator[Advan
             done += n
             now = time.monotonic()
             if now - last >= _QUIET:
-                last, left = now, (total - done) / max(rate(), 1e-9)
-                print(
-                    f"{what}: {done:,}/{total:,} {unit}, {rate():,.1f}/s, {left / 60:.1f} min left"
-                    f"{', ' + note if note else ''}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                last, words = now, f"{speed()}, {note}" if note else speed()
+                print(f"{what}: {done:,}/{total:,} {unit}, {words}", file=sys.stderr, flush=True)
 
         yield line
         return
@@ -54,7 +55,6 @@ def progress(what: str, total: int, unit: str, start: int = 0) -> Iterator[Advan
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
@@ -63,6 +63,6 @@ def progress(what: str, total: int, unit: str, start: int = 0) -> Iterator[Advan
         def step(n: int = 1, note: str = "") -> None:
             nonlocal done
             done += n
-            bar.update(task, completed=done, speed=f"{rate():,.1f} {unit}/s", note=note)
+            bar.update(task, completed=done, speed=speed(), note=note)
 
         yield step

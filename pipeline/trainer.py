@@ -217,7 +217,9 @@ class Trainer:
         with (
             self._signals(),
             closing(prefetch(self.feed.fetch, start, total)) as steps,
-            progress(what, total * batch, "images", start * batch) as advance,
+            progress(
+                what, total * batch, "images", start * batch, lambda n: plan.share(n // batch)
+            ) as advance,
         ):
             for step, fetched in enumerate(steps, start):
                 self.step(fetched, step, plan.resolution(step), step / total)

@@ -142,6 +142,7 @@ def test_plans_share_the_budget() -> None:
     recipe, _, _ = config.parse("", argv=["--pretrain.minutes=3"])
     plan = plan_steps(recipe.pretrain, 101, [48, 96], lambda r: r / 48)
     assert plan == Plan([48, 96], [90, 45])
+    assert [plan.share(step) for step in (0, 90, 135)] == [0, 1 / 3, 1]
     assert [plan.resolution(s) for s in (0, 89, 90, 134)] == [48, 48, 96, 96]
 
 
