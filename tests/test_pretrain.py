@@ -144,6 +144,7 @@ def test_plans_share_the_budget() -> None:
     assert plan == Plan([48, 96], [90, 45])
     assert [plan.share(step) for step in (0, 90, 135)] == [0, 1 / 3, 1]
     assert [plan.resolution(s) for s in (0, 89, 90, 134)] == [48, 48, 96, 96]
+    assert [plan.share(s) for s in (0, 90, 135)] == [0, 1 / 3, 1]
 
 
 def test_too_few_images_for_a_batch_are_one_clear_line(tiny_contest: Path) -> None:
