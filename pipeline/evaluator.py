@@ -2,8 +2,8 @@
 
 python -I pipeline/evaluator.py SUBMISSION_DIR CONTEST_ROOT
     [--split val] [--checkpoint FILE] [--labels FILE] [--batch 256]
-Prints the team and its accuracy, then one line of JSON.  Exit 1, with the reason, where the
-submission breaks a rule.  `pipeline.organizers.score` runs it in a fresh process.
+Prints how far it is, the team and its accuracy, then one line of JSON.  Exit 1, with the reason,
+where the submission breaks a rule.  `pipeline.organizers.score` runs it in a fresh process.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def count_correct(
         if out.ndim != 2 or len(out) != len(views):
             refuse(f"the model maps {len(views)} images to {tuple(out.shape)}")
         correct += int((out.argmax(1).cpu() == labels[start : start + len(views)]).sum())
+        print(f"scored {start + len(views)} of {len(labels)}", flush=True)
     return correct
 
 

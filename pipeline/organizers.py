@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,27 +138,36 @@ def score(
     split: str = "val",
     labels_file: Path | None = None,
     checkpoint: Path | None = None,
-    timeout: float | None = None,
 ) -> dict[str, Any]:
     """What the organizers' evaluator finds, in a fresh process at float32.
 
     The keys are split, images, accuracy (percent) and team, the line that names it.  Raises Refused
-    with the evaluator's reason, and InputError where the submission fails or runs out of time.
+    with the evaluator's reason, and InputError where the submission fails.
     """
     command = [sys.executable, "-I", str(_EVALUATOR), str(submission), str(root)]
     command += ["--split", split]
     command += ["--labels", str(labels_file)] if labels_file else []
     command += ["--checkpoint", str(checkpoint)] if checkpoint else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        raise InputError(f"{submission}: no score within {timeout:.0f} seconds") from None
-    lines = done.stdout.splitlines()
-    if done.returncode != 0:
-        refused = [line for line in lines if line.startswith("refused: ")]
-        if refused:
-            raise Refused(refused[-1])
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise InputError(f"{submission}: the evaluation fails: {last}")
+    lines: list[str] = []
+    with tempfile.TemporaryFile("w+") as errors, ExitStack() as stack:
+        process = stack.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        )
+        advance, seen = None, 0
+        for line in process.stdout or ():
+            if told := re.fullmatch(r"scored (\d+) of (\d+)\n", line):
+                done, images = map(int, told.groups())
+                advance = advance or stack.enter_context(progress("score", images, "images"))
+                advance(done - seen)
+                seen = done
+            else:
+                lines.append(line.rstrip("\n"))
+        if process.wait() != 0:
+            refused = [line for line in lines if line.startswith("refused: ")]
+            if refused:
+                raise Refused(refused[-1])
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            raise InputError(f"{submission}: the evaluation fails: {last}")
     found: dict[str, Any] = json.loads(lines[-1])
     return found | {"team": lines[-2]}
