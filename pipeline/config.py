@@ -165,11 +165,10 @@ class Finetune:
     )
     """Augmentation of the training images."""
     resolutions: list[int] | None = None
-    """Pixels of the training images; several share the budget equally; null takes the packed
-    size."""
+    """Pixels of the training images, as in pretrain; null takes the packed size."""
     eval_resolution: int | None = None
-    """Pixels of the classified images; null takes the last of `resolutions`.  A little above it is
-    often better: crops enlarge what they show (FixRes, arXiv 1906.06423)."""
+    """Pixels of classified images; null takes the last of `resolutions`.  More is often better, as
+    random crops enlarge what they show (FixRes, arXiv 1906.06423)."""
     batch_size: int = 128
     """Images in a step, over all processes."""
     epochs: float | None = None
@@ -285,9 +284,7 @@ def parse(
     if values["entry"] is None:
         recipes = [str(r) for r in config.recipe or []] if config.get("recipe") else []
         values["entry"] = plain["entry"] = Path(recipes[-1]).stem if recipes else "entry"
-    own = (
-        options(**{f.name: made[f.name] for f in dataclasses.fields(options)}) if options else None
-    )
+    own = options and options(**{f.name: made[f.name] for f in dataclasses.fields(options)})
     return Invocation(Recipe(**values), own, plain)
 
 

@@ -1,25 +1,51 @@
-"""The trainer of a classifier: its rates, its schedule, and what it is judged by on the way."""
+"""Fine-tuning: the classifier to start from, its trainer, and the report on the result."""
 
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from sklearn.metrics import classification_report
+from torch import nn
 from torch.nn import functional as F
 
+from pipeline import runs
+from pipeline.checkpoint import load_tensors
 from pipeline.classifiers import Classifier, Supervised
 from pipeline.distributed import synchronize_batch_norm
+from pipeline.encoders import build_encoder
 from pipeline.feed import Feed
+from pipeline.figures import confusion
 from pipeline.inference import predict
 from pipeline.manifest import Contest, Manifest
 from pipeline.metrics import top_k
 from pipeline.optim import build_optimizer, schedule
-from pipeline.runs import Run
+from pipeline.outside import load_outside
 from pipeline.trainer import Trainer
 
 if TYPE_CHECKING:
     from pipeline.config import Recipe
+
+
+def initial_encoder(recipe: "Recipe", pretrained: Path | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder with the weights to start from, and how it is built."""
+    c, spec = recipe.finetune, asdict(recipe.encoder)
+    torch.manual_seed(recipe.seed)
+    if pretrained is not None:
+        tensors, meta = load_tensors(pretrained)
+        spec = meta["encoder"]
+    encoder = build_encoder(spec["name"], spec["stem"], **spec["options"])
+    if pretrained is not None:
+        encoder.load_state_dict(tensors)
+    elif c.init == "outside":
+        runs.say(
+            f"transfer learning from {c.weights}: a comparison, not allowed in a contest entry"
+        )
+        runs.say(load_outside(str(c.weights), encoder))
+    return encoder, spec
 
 
 def finetuner(
@@ -27,7 +53,7 @@ def finetuner(
     contest: Contest,
     classifier: Classifier,
     accelerator: Accelerator,
-    facts: Run,
+    facts: runs.Run,
     train: Manifest,
     seen: Manifest,
     size: int,
@@ -78,3 +104,27 @@ def judge(module: Supervised, contest: Contest, seen: Manifest, size: int) -> di
     predict(module.final(), pool, size, contest.mean, contest.std, logits, what="held out")
     loss = F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(seen.label))
     return {"heldout_loss": float(loss), "heldout_top1": top_k(logits, seen.label, [1])[1]}
+
+
+def report(folder: Path, contest: Contest, held: Manifest) -> dict[str, float | None]:
+    """Scores on val and on the held-out labels; writes report.txt and confusion.png."""
+    scores: dict[str, float | None] = {"val_top1": None, "val_top5": None, "holdout_top1": None}
+    if len(held):
+        logits = np.load(folder / "logits" / "train.npy", mmap_mode="r")[held.index]
+        scores["holdout_top1"] = top_k(logits, held.label, [1])[1]
+    if "val" not in contest.splits:
+        return scores
+    rows, labels = contest.usable("val"), contest.labels("val")
+    rows = rows[labels[rows] >= 0]
+    logits = np.load(folder / "logits" / "val.npy", mmap_mode="r")[rows]
+    scores |= {f"val_top{k}": v for k, v in top_k(logits, labels[rows], [1, 5]).items()}
+    names = contest.class_names or [str(k) for k in range(contest.classes)]
+    numbers = list(range(contest.classes))
+    predicted = logits.argmax(1)
+    text = classification_report(
+        labels[rows], predicted, labels=numbers, target_names=names, zero_division=0
+    )
+    with runs.replacing(folder / "report.txt") as aside:
+        aside.write_text(text)
+    confusion(folder / "confusion.png", labels[rows], predicted, names)
+    return scores

@@ -102,6 +102,17 @@ def require(path: Path, made_by: str) -> Path:
     return path
 
 
+def finished(folder: Path, made_by: str) -> Path:
+    """`folder`, or InputError naming the command that fills it, where that did not end or its
+    inputs have changed since.
+    """
+    made = read_json(folder / "provenance.json", made_by)
+    for name, digest in made["inputs"].items():
+        if not Path(name).is_file() or sha256(Path(name)) != digest:
+            raise InputError(f"{folder} was made from another {name}; `{made_by}` makes it anew")
+    return folder
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()

@@ -7,32 +7,25 @@ logits/SPLIT.npy, trained_on.csv, holdout.csv, report.txt, confusion.png, histor
 provenance.json}.  The round K is the number of label files beyond train.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from sklearn.metrics import classification_report
 
 from pipeline import InputError, config, runs
-from pipeline.checkpoint import load_tensors
 from pipeline.classifiers import Classifier, build_head, freeze, probe, save_classifier
 from pipeline.config import Recipe
-from pipeline.encoders import build_encoder, features
-from pipeline.figures import confusion
-from pipeline.finetuning import finetuner
+from pipeline.encoders import features
+from pipeline.finetuning import finetuner, initial_encoder, report
 from pipeline.inference import check_size, predict_split
 from pipeline.manifest import (
     PSEUDO_LABELS,
     Contest,
-    Manifest,
     load_contest,
     training_set,
     write_manifest,
 )
-from pipeline.metrics import top_k
-from pipeline.outside import load_outside
 from pipeline.trainer import make_accelerator
 
 
@@ -56,24 +49,6 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
         else:
             files.append(runs.require(Path(name), "a CSV of split,index,label"))
     return files
-
-
-def _encoder(recipe: Recipe, pretrained: Path | None) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The encoder with the weights to start from, and how it is built."""
-    c, spec = recipe.finetune, asdict(recipe.encoder)
-    torch.manual_seed(recipe.seed)
-    if pretrained is not None:
-        tensors, meta = load_tensors(pretrained)
-        spec = meta["encoder"]
-    encoder = build_encoder(spec["name"], spec["stem"], **spec["options"])
-    if pretrained is not None:
-        encoder.load_state_dict(tensors)
-    elif c.init == "outside":
-        runs.say(
-            f"transfer learning from {c.weights}: a comparison, not allowed in a contest entry"
-        )
-        runs.say(load_outside(str(c.weights), encoder))
-    return encoder, spec
 
 
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
@@ -102,7 +77,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     runs.say(
         f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out"
     )
-    encoder, spec = _encoder(recipe, pretrained)
+    encoder, spec = initial_encoder(recipe, pretrained)
     resolutions, width = c.resolutions or [contest.size[0]], features(encoder)
     size = c.eval_resolution or resolutions[-1]
     for pixels in {*resolutions, size}:
@@ -134,36 +109,12 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         write_manifest(folder / "trained_on.csv", train, PSEUDO_LABELS)
         write_manifest(folder / "holdout.csv", held, PSEUDO_LABELS)
         runs.write_json(folder / "history.json", history)
-        scores = _report(folder, contest, held)
+        scores = report(folder, contest, held)
         facts.finish(round=int(folder.name.split("-")[1]), labels=len(train), **scores)
         for key, value in scores.items():
             runs.say(f"{key}: {value}" if value is None else f"{key}: {value:.2f} %")
     runs.say(f"wrote {folder}; next: make pseudo-label, make label-request or make submit")
     return folder
-
-
-def _report(folder: Path, contest: Contest, held: Manifest) -> dict[str, float | None]:
-    """Scores on val and on the held-out labels; writes report.txt and confusion.png."""
-    scores: dict[str, float | None] = {"val_top1": None, "val_top5": None, "holdout_top1": None}
-    if len(held):
-        logits = np.load(folder / "logits" / "train.npy", mmap_mode="r")[held.index]
-        scores["holdout_top1"] = top_k(logits, held.label, [1])[1]
-    if "val" not in contest.splits:
-        return scores
-    rows, labels = contest.usable("val"), contest.labels("val")
-    rows = rows[labels[rows] >= 0]
-    logits = np.load(folder / "logits" / "val.npy", mmap_mode="r")[rows]
-    scores |= {f"val_top{k}": v for k, v in top_k(logits, labels[rows], [1, 5]).items()}
-    names = contest.class_names or [str(k) for k in range(contest.classes)]
-    numbers = list(range(contest.classes))
-    predicted = logits.argmax(1)
-    text = classification_report(
-        labels[rows], predicted, labels=numbers, target_names=names, zero_division=0
-    )
-    with runs.replacing(folder / "report.txt") as aside:
-        aside.write_text(text)
-    confusion(folder / "confusion.png", labels[rows], predicted, names)
-    return scores
 
 
 def main() -> None:

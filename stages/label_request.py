@@ -36,11 +36,11 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     c, contest = recipe.label_request, load_contest(recipe.data.contest)
     entry, manifests = runs.entry_folder(recipe.entry or "entry"), contest.folder
     strategy, answered = c.strategy(), runs.numbered(manifests, "requested")
-    files = [entry / "embeddings" / f"{split}.npy" for split in ("unlabeled", "train")]
+    folder = runs.finished(entry / "embeddings", "make embed")
+    files = [folder / f"{split}.npy" for split in ("unlabeled", "train")]
     if strategy.uses_logits:
         files.append(runs.latest_finetune(entry.name) / "logits" / "unlabeled.npy")
-    inputs = [manifests / "contest.json", *answered]
-    inputs += [runs.require(file, "make embed") for file in files]
+    inputs = [manifests / "contest.json", *answered, *files]
     facts = runs.Run.of(entry / "label_request", plain, ("data", "label_request"), inputs)
     file = facts.folder / f"request_{c.team}.csv"
     if not force and facts.is_current():

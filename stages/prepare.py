@@ -16,7 +16,7 @@ from typing import Any
 from pipeline import InputError, config, preparation, runs
 from pipeline.config import Data, Recipe
 from pipeline.contest_layout import Layout, read_layout, report
-from pipeline.manifest import PREPARED, Manifest, write_manifest
+from pipeline.manifest import PREPARED, Manifest, read_manifest, write_manifest
 from pipeline.packed import mean_std
 
 
@@ -43,6 +43,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False, skip_bad: bo
         if any(not (skip_bad and defect.skippable) for defect in layout.defects):
             raise report(layout.defects, arrays["train"].parent / "defects.txt")
         manifests, duplicates = preparation.make_manifests(layout, packed, data.keep_duplicates)
+        _check_answers(folder, manifests)
         basis = "unlabeled" if "unlabeled" in manifests else "train"
         mean, std = mean_std(
             preparation.usable_pixels(packed[basis], manifests[basis], aside[basis])
@@ -81,6 +82,19 @@ def _checked_root(data: Data) -> Path:
     if not re.fullmatch(r"\w[\w.-]*", data.contest):
         raise InputError(f"data.contest is {data.contest!r}; a name for a folder is expected")
     return data.root
+
+
+def _check_answers(folder: Path, manifests: dict[str, Manifest]) -> None:
+    """Raise InputError where labels that were asked for belong to other unlabeled images."""
+    answers, before = runs.numbered(folder, "requested"), folder / "unlabeled.csv"
+    if not answers or not before.is_file():
+        return
+    now = manifests["unlabeled"].sha256.tolist() if "unlabeled" in manifests else []
+    if read_manifest(before).sha256.tolist() != now:
+        raise InputError(
+            f"{answers[0]} labels other images than the unlabeled ones that are there now; "
+            f"move {folder}/requested-*.csv away, or give the contest another --data.contest"
+        )
 
 
 def _tell(

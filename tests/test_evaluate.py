@@ -71,6 +71,15 @@ def test_evaluate_without_val_holds_out_a_part_of_train(
 
 
 def test_evaluate_needs_embeddings(here: Path) -> None:
-    Path("runs/entry/embeddings/val.npy").unlink()
-    with pytest.raises(InputError, match=r"val\.npy is not there; `make embed` makes it"):
+    made = Path("runs/entry/embeddings/provenance.json")
+    facts = json.loads(made.read_text())
+    made.write_text(json.dumps(facts | {"inputs": {"data_manifests/small/train.csv": "older"}}))
+    with pytest.raises(InputError) as error:
+        start(evaluate)
+    assert str(error.value) == (
+        "runs/entry/embeddings was made from another data_manifests/small/train.csv; "
+        "`make embed` makes it anew"
+    )
+    made.unlink()  # never ended
+    with pytest.raises(InputError, match=r"provenance\.json is not there; `make embed` makes it"):
         start(evaluate)

@@ -409,6 +409,19 @@ def test_a_refused_change_leaves_the_last_state_whole(root: Path):
     assert {p: p.read_bytes() for p in files} == before
 
 
+def test_labels_of_other_images_are_not_taken_over(root: Path):
+    run(root)
+    answer = Path("data_manifests/tiny/requested-1.csv")
+    answer.write_text("split,index,label\nunlabeled,0,1\n")
+    picture(3).save(root / "train" / "1.png")  # not what the answer is about
+    run(root)
+    picture(4).save(root / "unlabeled" / "1.png")
+    with pytest.raises(InputError, match=r"^data_manifests/tiny/requested-1\.csv labels other im"):
+        run(root)
+    answer.unlink()
+    run(root)
+
+
 def test_an_oracle_beside_the_contest_makes_a_rehearsal(root: Path):
     torch.save(torch.zeros(12, dtype=torch.int64), root.with_name("given.oracle.pt"))
     run(root)
@@ -448,7 +461,9 @@ def test_an_interrupted_run_leaves_nothing_half_written(root: Path, kind: int):
     contest, slow = Path("data_manifests/tiny/contest.json"), Path("slow.py")
     before = contest.read_bytes()
     slow.write_text(
-        "import sys, time\nfrom pipeline import packed, runs\nfrom stages import prepare\n"
+        "import signal, time\nfrom pipeline import packed, runs\nfrom stages import prepare\n"
+        # a shell's background jobs, and so their children, ignore Ctrl-C
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "decode = packed.decode\n"
         "def slowly(*a):\n    print('decoding', flush=True)\n    time.sleep(60)\n"
         "packed.decode = slowly\nruns.stage(prepare.main)\n"
