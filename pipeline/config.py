@@ -23,16 +23,20 @@ from pipeline.views import View
 _BUDGETS = ("epochs", "steps", "minutes")
 
 
-def _one_budget(section: str, config: Any) -> None:
-    given = [b for b in _BUDGETS if getattr(config, b) is not None]
+def _check_schedule(section: str, config: Any) -> None:
+    """At most one budget, and resolutions that make sense."""
+    given = {b: getattr(config, b) for b in _BUDGETS if getattr(config, b) is not None}
     if len(given) > 1:
         raise InputError(
             f"{section}: one of epochs, steps and minutes is expected as a budget; "
             f"{' and '.join(given)} are given; set the others to null"
         )
-    if given and getattr(config, given[0]) <= 0:
-        value = getattr(config, given[0])
-        raise InputError(f"{section}: {given[0]} is {value}; above 0 is expected")
+    for name, value in given.items():
+        if value <= 0:
+            raise InputError(f"{section}: {name} is {value}; above 0 is expected")
+    sizes = config.resolutions
+    if sizes is not None and (not sizes or min(sizes) < 8):
+        raise InputError(f"{section}: resolutions are {sizes}; 8 pixels or more are expected")
 
 
 @dataclass(frozen=True)
@@ -94,9 +98,7 @@ class Pretrain:
     """Labeled training images used for that, half as neighbors, half as queries."""
 
     def __post_init__(self) -> None:
-        _one_budget("pretrain", self)
-        if not self.resolutions or min(self.resolutions) < 8:
-            raise InputError(f"pretrain: resolutions are {self.resolutions}; 8 or more is expected")
+        _check_schedule("pretrain", self)
         if self.batch_size < 2:
             raise InputError(f"pretrain: batch_size is {self.batch_size}; 2 or more is expected")
 
@@ -167,8 +169,7 @@ class Finetune:
     resolutions: list[int] | None = None
     """Pixels of the training images, as in pretrain; null takes the packed size."""
     eval_resolution: int | None = None
-    """Pixels of classified images; null takes the last of `resolutions`.  More is often better, as
-    random crops enlarge what they show (FixRes, arXiv 1906.06423)."""
+    """Pixels of classified images; null takes the last of `resolutions` (cf. arXiv 1906.06423)."""
     batch_size: int = 128
     """Images in a step, over all processes."""
     epochs: float | None = None
@@ -197,7 +198,7 @@ class Finetune:
     """Steps between log lines."""
 
     def __post_init__(self) -> None:
-        _one_budget("finetune", self)
+        _check_schedule("finetune", self)
         if self.init == "outside" and not self.weights:
             raise InputError("finetune: init is 'outside'; weights (a file, or 'timm') is expected")
         if not 0 < self.fraction <= 1:
@@ -282,8 +283,8 @@ def parse(
     plain = {k: v for k, v in config.as_dict().items() if k in Recipe.__dataclass_fields__}
     values = {k: getattr(made, k) for k in Recipe.__dataclass_fields__}
     if values["entry"] is None:
-        recipes = [str(r) for r in config.recipe or []] if config.get("recipe") else []
-        values["entry"] = plain["entry"] = Path(recipes[-1]).stem if recipes else "entry"
+        recipes = config.get("recipe")
+        values["entry"] = plain["entry"] = Path(str(recipes[-1])).stem if recipes else "entry"
     own = options and options(**{f.name: made[f.name] for f in dataclasses.fields(options)})
     return Invocation(Recipe(**values), own, plain)
 
