@@ -1,6 +1,7 @@
 """Anonymous memory of pretraining on 200,000 packed images, beside that on 20,000.
 
-python -m benchmarks.memory [--large 200000 --small 20000] The stage itself runs in a process of its
+python -m benchmarks.memory [--large 200000 --small 20000]
+The stage itself runs in a process of its
 own on a contest of zeros (a sparse file); its peak RssAnon is read from /proc while it trains.
 What it maps of the packed file is not anonymous.
 """
@@ -40,7 +41,6 @@ def make_contest(folder: Path, images: int) -> None:
         "usable": images,
         "manifest": "unlabeled.csv",
         "manifest_sha256": sha256(manifests / "unlabeled.csv"),
-        "packed_sha256": "0",
     }
     facts = {"contest": "c", "root": "given", "layout": "contest", "rehearsal": False}
     facts |= {"size": [96, 96], "classes": 2, "class_names": None, "skipped": [], "duplicates": {}}

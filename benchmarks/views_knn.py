@@ -1,7 +1,8 @@
 """kNN accuracy after a short pretraining on our views, beside the same on lightly's
 SimCLRTransform.
 
-python -m benchmarks.views_knn [--contest mini98 --steps 100 --size 48] The same contest (one that
+python -m benchmarks.views_knn [--contest mini98 --steps 100 --size 48]
+The same contest (one that
 `make data` prepared, or else synthetic images), encoder, initial weights, batches, steps and
 optimizer on both sides; three seeds; kNN (k = 20, cosine, majority) of one half of the labeled
 training images on the other.  The ratio is that of the mean accuracies.
@@ -76,9 +77,9 @@ def pretrained(pool: Pool, seed: int, steps: int, size: int, ours: bool) -> torc
             set_lr(optimizer, 0.06 * schedule(step / steps, 0.1))
             x = [v.contiguous(memory_format=torch.channels_last) for v in views(step)]
             with torch.autocast("cpu", torch.bfloat16, dtype == torch.bfloat16):
-                z = method.project(x)
+                loss = method(x)
             optimizer.zero_grad()
-            method.loss(z).backward()
+            loss.backward()
             optimizer.step()
             go(BATCH)
     return method.encoder

@@ -54,7 +54,7 @@ def freeze(encoder: nn.Module, train: Literal["head", "last", "all"], blocks: in
     """
     groups = group_parameters(encoder, encoder.group_matcher(coarse=True))  # type: ignore[operator]
     names = [list(g) if isinstance(g, (list, tuple)) else [g] for _, g in sorted(groups.items())]
-    kept = {"head": 0, "last": blocks, "all": len(names)}[train]
+    kept = min({"head": 0, "last": blocks, "all": len(names)}[train], len(names))
     free = {name for group in names[len(names) - kept :] for name in group}
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(train == "all" or name in free)

@@ -34,6 +34,8 @@ def _check_schedule(section: str, config: Any) -> None:
     for name, value in given.items():
         if value <= 0:
             raise InputError(f"{section}: {name} is {value}; above 0 is expected")
+    if config.log_steps < 1:
+        raise InputError(f"{section}: log_steps is {config.log_steps}; 1 or more is expected")
     sizes = config.resolutions
     if sizes is not None and (not sizes or min(sizes) < 8):
         raise InputError(f"{section}: resolutions are {sizes}; 8 pixels or more are expected")
@@ -99,6 +101,8 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         _check_schedule("pretrain", self)
+        if sum(view.count for view in self.views) < 2:
+            raise InputError("pretrain: 2 views or more are expected of an image")
         if self.batch_size < 2:
             raise InputError(f"pretrain: batch_size is {self.batch_size}; 2 or more is expected")
 
@@ -184,6 +188,8 @@ class Finetune:
     """Decay of the averaged weights that are kept in the end; 0 turns it off."""
     probe_first: bool = True
     """Start the linear head at a logistic regression on the frozen encoder."""
+    probe_c: float = 10.0
+    """Inverse regularization of that logistic regression."""
     holdout: float = 0.1
     """Fraction of the labels of each class that is held out of training, to choose by."""
     monitor: Literal["holdout", "val"] = "holdout"
@@ -202,15 +208,9 @@ class Finetune:
         if self.init == "outside" and not self.weights:
             raise InputError("finetune: init is 'outside'; weights (a file, or 'timm') is expected")
         if not 0 < self.fraction <= 1:
-            raise InputError(
-                f"finetune: fraction is {self.fraction}; above 0 and up to 1 is expected"
-            )
+            raise InputError(f"finetune: fraction is {self.fraction}; above 0, up to 1 is expected")
         if not 0 <= self.holdout < 1:
             raise InputError(f"finetune: holdout is {self.holdout}; from 0 to below 1 is expected")
-        if self.schedule == "plateau" and not self.holdout and self.monitor == "holdout":
-            raise InputError(
-                "finetune: schedule 'plateau' needs a holdout above 0, or monitor 'val'"
-            )
 
 
 @dataclass(frozen=True)

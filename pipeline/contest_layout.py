@@ -151,12 +151,17 @@ def _number(layout: Layout, split: Split) -> None:
         layout.defects.append(Defect(file, reason))
     numbered = [pair for pair in numbered if pair[0] < limit]
     split.index, split.files = [n for n, _ in numbered], [f for _, f in numbered]
-    split.images = split.index[-1] + 1 if numbered else 0
-    split.missing = sorted(set(range(split.images)) - set(split.index))
-    for _, group in groupby(enumerate(split.missing), lambda pair: pair[1] - pair[0]):
+    _count(layout, split, split.index[-1] + 1 if numbered else 0, "missing")
+
+
+def _count(layout: Layout, split: Split, images: int, reason: str) -> None:
+    """The split has `images` images, 0.png on: those that are not there are missing."""
+    missing = sorted(set(range(split.images, images)) - set(split.index))
+    split.images, split.missing = images, split.missing + missing
+    for _, group in groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
         gap = [n for _, n in group]
         last = f" to {gap[-1]}.png ({len(gap)} files)" if len(gap) > 1 else ""
-        layout.defects.append(Defect(f"{split.name}/{gap[0]}.png{last}", "missing"))
+        layout.defects.append(Defect(f"{split.name}/{gap[0]}.png{last}", reason))
 
 
 def _read_labels(layout: Layout, split: Split) -> Integers | None:
@@ -180,6 +185,9 @@ def _read_labels(layout: Layout, split: Split) -> Integers | None:
         dtype = str(labels.dtype).removeprefix("torch.")
         reason = f"holds {dtype} of shape {list(labels.shape)}; {expected}"
     elif len(labels) != split.images:
+        if split.images < len(labels) < 2 * len(split.files):  # the last images are not there
+            _count(layout, split, len(labels), f"missing, as {file} has {len(labels)} entries")
+            return labels.numpy().copy()
         reason = f"has {len(labels)} entries; {expected}"
     else:
         return labels.numpy().copy()

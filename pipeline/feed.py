@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from pipeline import InputError
 from pipeline.batches import batch_at, slice_of
 from pipeline.packed import Pool
 from pipeline.views import View, Views, uniforms
@@ -33,6 +34,11 @@ class Feed:
 
     def __post_init__(self) -> None:
         a = self.accelerator
+        if self.batch_size % a.num_processes:
+            raise InputError(
+                f"batch_size is {self.batch_size} over {a.num_processes} processes; a multiple of "
+                f"their number is expected"
+            )
         self.mine = slice_of(self.batch_size, a.process_index, a.num_processes)
         self.count = sum(view.count for view in self.views)
         dtype = torch.bfloat16 if a.mixed_precision == "bf16" else torch.float32

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from sklearn.metrics import classification_report
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import runs
+from pipeline import InputError, runs
 from pipeline.checkpoint import load_tensors
 from pipeline.classifiers import Classifier, Supervised
 from pipeline.distributed import synchronize_batch_norm
-from pipeline.encoders import build_encoder
 from pipeline.feed import Feed
 from pipeline.figures import confusion
-from pipeline.inference import predict
+from pipeline.inference import encoder_for, predict
 from pipeline.manifest import Contest, Manifest
 from pipeline.metrics import top_k
 from pipeline.optim import build_optimizer, schedule
@@ -37,7 +37,7 @@ def initial_encoder(recipe: "Recipe", pretrained: Path | None) -> tuple[nn.Modul
     if pretrained is not None:
         tensors, meta = load_tensors(pretrained)
         spec = meta["encoder"]
-    encoder = build_encoder(spec["name"], spec["stem"], **spec["options"])
+    encoder = encoder_for(spec)
     if pretrained is not None:
         encoder.load_state_dict(tensors)
     elif c.init == "outside":
@@ -76,6 +76,11 @@ def finetuner(
     )
     plateau = None
     if c.schedule == "plateau":
+        if not len(seen):
+            raise InputError(
+                "finetune: schedule 'plateau' has no held-out labels to look at; a larger holdout "
+                "or more labels of each class, or schedule 'cosine', is expected"
+            )
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=c.patience)
@@ -106,12 +111,21 @@ def judge(module: Supervised, contest: Contest, seen: Manifest, size: int) -> di
     return {"heldout_loss": float(loss), "heldout_top1": top_k(logits, seen.label, [1])[1]}
 
 
+def logits_of(folder: Path, images: Manifest, classes: int) -> npt.NDArray[np.float32]:
+    """The logits [n, classes] of a manifest's images, as the classifier in `folder` gave them."""
+    out = np.empty((len(images), classes), np.float32)
+    for split in np.unique(images.split):
+        file = runs.require(folder / "logits" / f"{split}.npy", "make finetune")
+        of = images.split == split
+        out[of] = np.load(file, mmap_mode="r")[images.index[of]]
+    return out
+
+
 def report(folder: Path, contest: Contest, held: Manifest) -> dict[str, float | None]:
     """Scores on val and on the held-out labels; writes report.txt and confusion.png."""
     scores: dict[str, float | None] = {"val_top1": None, "val_top5": None, "holdout_top1": None}
     if len(held):
-        logits = np.load(folder / "logits" / "train.npy", mmap_mode="r")[held.index]
-        scores["holdout_top1"] = top_k(logits, held.label, [1])[1]
+        scores["holdout_top1"] = top_k(logits_of(folder, held, contest.classes), held.label, [1])[1]
     if "val" not in contest.splits:
         return scores
     rows, labels = contest.usable("val"), contest.labels("val")

@@ -1,8 +1,9 @@
 """Outputs of a model over packed images, in bounded memory, on every process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,19 @@ from torch.nn import functional as F
 from pipeline import InputError
 from pipeline.batches import prefetch, slice_of
 from pipeline.distributed import barrier, rank, world_size
+from pipeline.encoders import build_encoder
 from pipeline.manifest import Contest
 from pipeline.packed import Pool
 from pipeline.progress import progress
 from pipeline.views import WHOLE, Views, matmul_dtype, uniforms
+
+
+def encoder_for(spec: Mapping[str, Any]) -> nn.Module:
+    """The encoder of a recipe's section (name, stem, options); InputError where there is none."""
+    try:
+        return build_encoder(spec["name"], spec["stem"], **spec["options"])
+    except (ValueError, TypeError) as error:  # timm's own, of options that it does not know
+        raise InputError(f"encoder: {error}") from None
 
 
 @torch.no_grad()

@@ -260,10 +260,7 @@ def training_set(
         raise InputError(f"no labeled image in {', '.join(map(str, files)) or 'no manifest'}")
     first = parts[0].take(choose_labels(parts[0].label, fraction, per_class, seed))
     held = hold_out(first.label, holdout, seed)
-    return _join([first.take(~held), *parts[1:]]), first.take(held)
-
-
-def _join(parts: Sequence[Manifest]) -> Manifest:
-    return Manifest(
-        *(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(Manifest))
-    )
+    train = Manifest.concatenate([first.take(~held), *parts[1:]])
+    if not len(train):
+        raise InputError("no labeled image is left to train on; a larger fraction is expected")
+    return train, first.take(held)

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -100,9 +100,7 @@ class Form(NamedTuple):
 class Packed(NamedTuple):
     """What packing a list of n files found out."""
 
-    digests: npt.NDArray[
-        np.bytes_
-    ]  # [n] hexadecimal SHA-256 of the files' bytes, "" where none could be read
+    digests: npt.NDArray[np.bytes_]  # [n] hexadecimal SHA-256 of the files' bytes, "" if unread
     reasons: list[str]  # [n] "" or why the file's row was left zero
     histogram: npt.NDArray[np.int64]  # [3, 256] of the pixels of all good images
 
@@ -121,9 +119,11 @@ def decoders(workers: int | None) -> Iterator[Executor]:
         raise InputError(
             "a decoding process was killed, for want of memory perhaps; try --data.workers 1"
         ) from None
-    except BaseException:
+    except BaseException as error:
         for child in multiprocessing.active_children():
             child.terminate()  # whatever it is at
+        if isinstance(error, OSError):
+            raise InputError(f"the packed images cannot be written: {error.strerror}") from None
         raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
@@ -149,18 +149,20 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def create(path: Path, images: int, form: Form) -> None:
-    """Make `path` a packed array of zeros.
+def create(arrays: Mapping[Path, int], form: Form) -> None:
+    """Make each path a packed array of zeros for that many images.
 
-    Raises InputError where the disk has no room.
+    Raises InputError where the disk has no room for all of them.
     """
-    need, free = images * form.bytes, shutil.disk_usage(path.parent).free
+    images, folder = sum(arrays.values()), next(iter(arrays)).parent
+    need, free = images * form.bytes, shutil.disk_usage(folder).free
     if need > free:
         raise InputError(
-            f"{path.parent} has {free / 1e9:.1f} GB free; {need / 1e9:.1f} GB are needed for "
+            f"{folder} has {free / 1e9:.1f} GB free; {need / 1e9:.1f} GB are needed for "
             f"{images:,} images of {form.width} × {form.height}"
         )
-    np.lib.format.open_memmap(path, "w+", np.uint8, (images, form.height, form.width, 3))
+    for path, n in arrays.items():
+        np.lib.format.open_memmap(path, "w+", np.uint8, (n, form.height, form.width, 3))
 
 
 def pack(

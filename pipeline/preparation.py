@@ -26,8 +26,7 @@ def pack_splits(
     differ in size and none was asked for.
     """
     form = _form(layout, data.size, data.max_pixels)
-    for name, split in layout.splits.items():
-        create(out[name], split.images, form)
+    create({out[name]: split.images for name, split in layout.splits.items()}, form)
     packed = {}
     total = sum(len(s.files) for s in layout.splits.values())
     with decoders(data.workers) as executor, progress("prepare", total, "images") as advance:

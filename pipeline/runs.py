@@ -18,6 +18,7 @@ from typing import Any
 from pipeline import InputError
 from pipeline.distributed import rank
 
+_KEPT = (".csv", ".npy", ".png", ".safetensors", ".txt")  # what a finished folder goes on having
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "faiss-gpu", "faiss-cpu", "scikit-learn")
 
 
@@ -47,16 +48,22 @@ def finetune_folder(entry: str, round_: int) -> Path:
 
 def latest_finetune(entry: str) -> Path:
     """The finished finetune-K with the highest K; InputError where there is none."""
-    done = entry_folder(entry).glob("finetune-*/provenance.json")
-    folders = sorted((p.parent for p in done), key=lambda p: int(p.name.split("-")[1]))
-    if not folders:
+    folders = _in_order(entry_folder(entry).glob("finetune-*"))
+    done = [folder for folder in folders if (folder / "provenance.json").is_file()]
+    if not done:
         raise InputError(f"{entry_folder(entry)} holds no finished finetune-K; run `make finetune`")
-    return folders[-1]
+    return done[-1]
 
 
 def numbered(folder: Path, kind: str) -> list[Path]:
     """folder/KIND-K.csv, in the order of K."""
-    return sorted(folder.glob(f"{kind}-*.csv"), key=lambda p: int(p.stem.rsplit("-", 1)[1]))
+    return _in_order(folder.glob(f"{kind}-*.csv"))
+
+
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    """Those paths whose names end in -K, in the order of K; what people put beside them is left."""
+    numbers = {path: path.stem.rpartition("-")[2] for path in paths}
+    return sorted((p for p, k in numbers.items() if k.isdecimal()), key=lambda p: int(numbers[p]))
 
 
 def label_rounds(contest: Path, entry: Path) -> int:
@@ -111,6 +118,15 @@ def finished(folder: Path, made_by: str) -> Path:
         if not Path(name).is_file() or sha256(Path(name)) != digest:
             raise InputError(f"{folder} was made from another {name}; `{made_by}` makes it anew")
     return folder
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """What differs between two facts of a run, as 'pretrain.batch_size 128 → 256'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(k for k in old if k not in new)]
+        pairs = [(old.get(k), new.get(k), f"{name}.{k}" if name else k) for k in keys]
+        return [words for pair in pairs for words in differences(*pair)]
+    return [] if old == new else [f"{name.removeprefix('recipe.')} {old} → {new}"]
 
 
 def sha256(path: Path) -> str:
@@ -170,18 +186,24 @@ class Run:
         if not file.is_file():
             return False
         written = json.loads(file.read_text())
-        return all(written.get(k) == v for k, v in self.facts.items())
+        whole = all((self.folder / name).is_file() for name in written.get("files", []))
+        return whole and all(written.get(k) == v for k, v in self.facts.items())
 
-    def begin(self) -> None:
-        """From here on the folder is unfinished, until `finish`."""
+    def begin(self, anew: bool = False) -> None:
+        """From here on the folder is unfinished, until `finish`; `anew` forgets an interrupted
+        run.
+        """
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "provenance.json").unlink(missing_ok=True)
+            for name in ("provenance.json", *(("plan.json", "checkpoint.pt") if anew else ())):
+                (self.folder / name).unlink(missing_ok=True)
 
     def finish(self, **results: Any) -> None:
         """Write provenance.json: its existence means that the folder is complete."""
         if rank() == 0:
-            made = self.facts | stamp() | {"results": results}
+            found = [p for p in self.folder.iterdir() if p.is_file() and p.suffix in _KEPT]
+            files = sorted(p.name for p in found)
+            made = self.facts | stamp() | {"results": results, "files": files}
             write_json(self.folder / "provenance.json", made)
 
     def results(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import csv
 import inspect
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -170,7 +171,9 @@ def label_counts(finetune: Path) -> dict[str, int]:
     return {**Counter(name.strip() for name in names), "held out": held}
 
 
-def notes(contest: Contest, transfer: bool, chosen_by_val: bool) -> list[str]:
+def notes(
+    contest: Contest, transfer: bool, chosen_by_val: bool, labels: Mapping[str, int]
+) -> list[str]:
     """What has to be known to read the score."""
     said = {
         "transfer learning from outside weights: not allowed in a contest entry, comparison only": (
@@ -178,6 +181,7 @@ def notes(contest: Contest, transfer: bool, chosen_by_val: bool) -> list[str]:
         ),
         "a rehearsal: val stands for the secret test, nothing was chosen by it": contest.rehearsal,
         "val was used to choose by: its score flatters": chosen_by_val,
+        "val was trained on: its score means nothing": any(k.split()[0] == "val" for k in labels),
         "val has no labels: the check was made on train images": "val" not in contest.splits,
         f"{len(contest.skipped)} unreadable images were left out": bool(contest.skipped),
     }

@@ -1,6 +1,5 @@
 """The one training loop: forward, backward, before_update, step, after_update."""
 
-import json
 import signal
 import statistics
 import time
@@ -22,7 +21,7 @@ from pipeline.feed import Feed
 from pipeline.optim import set_lr
 from pipeline.plan import Plan, plan_steps
 from pipeline.progress import progress
-from pipeline.runs import read_json, say, write_json
+from pipeline.runs import differences, read_json, say, write_json
 from pipeline.views import matmul_dtype
 
 _CALIBRATION = (2, 5)  # steps to warm up, steps to time, at each resolution
@@ -33,14 +32,17 @@ def make_accelerator(precision: str, folder: Path) -> Accelerator:
     float32.
     """
     AcceleratorState._reset_state()  # a process may run several stages, each with its precision
-    accelerator = Accelerator(log_with="tensorboard", project_dir=folder)
+    cpu = None if torch.accelerator.is_available() else True  # then ranks are found, by gloo
+    accelerator = Accelerator(cpu=cpu, log_with="tensorboard", project_dir=folder)
     if precision == "auto":
         fast = matmul_dtype(accelerator.device) == torch.bfloat16
         precision = "bf16" if fast else "no"
     if precision == accelerator.mixed_precision:
         return accelerator
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, log_with="tensorboard", project_dir=folder)
+    return Accelerator(
+        mixed_precision=precision, cpu=cpu, log_with="tensorboard", project_dir=folder
+    )
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Trainer:
         self.module.to(self.accelerator.device)
         wrapped = self.accelerator.prepare(self.module, self.optimizer)
         self._wrapped, self._optimizer = wrapped
-        self._losses = torch.zeros(self.log_steps + 1, device=self.accelerator.device)
+        self._losses = torch.zeros(self.log_steps + 2, device=self.accelerator.device)
 
     @property
     def checkpoint(self) -> Path:
@@ -98,13 +100,17 @@ class Trainer:
         resumed run.
         """
         file = self.folder / "plan.json"
-        if file.is_file():
-            written = read_json(file, "make pretrain")
-            if written["facts"] == self.facts:
-                return Plan(written["resolutions"], written["steps"])
+        written = read_json(file, "make pretrain") if file.is_file() else {"facts": {}}
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if written["facts"] == self.facts:
+            return Plan(written["resolutions"], written["steps"])
         plan = plan_steps(config, images, resolutions, self._seconds)
         if self.accelerator.is_main_process:
-            self.checkpoint.unlink(missing_ok=True)
+            if self.checkpoint.is_file():
+                kept = self.folder / "checkpoint-before.pt"
+                self.checkpoint.replace(kept)
+                changed = "; ".join(differences(written["facts"], self.facts)[:5])
+                say(f"starting anew, as this changed: {changed}; the old checkpoint is now {kept}")
             write_json(file, vars(plan) | {"images": images, "facts": self.facts})
         self.accelerator.wait_for_everyone()
         return plan
@@ -132,9 +138,6 @@ class Trainer:
         if not self.checkpoint.is_file():
             return 0
         state = load_torch(self.checkpoint)
-        if json.loads(state["facts"]) != self.facts:
-            say(f"{self.checkpoint} is of another recipe or other data: starting anew")
-            return 0
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.plateau is not None:
@@ -163,7 +166,6 @@ class Trainer:
                 "history": self.history,
                 "losses": self._losses,
                 "logged": self._logged,
-                "facts": json.dumps(self.facts),
             },
         )
 
@@ -177,16 +179,18 @@ class Trainer:
             f"precision 'no' are the usual cures."
         )
 
-    def _read_losses(self, end: int) -> tuple[float, bool]:
-        """Mean loss since the last log line over all ranks, and whether a rank was told to stop."""
+    def _read_losses(self, end: int, late: bool) -> tuple[float, bool, bool]:
+        """Mean loss since the last log line over all ranks; whether any rank is `late` with a
+        checkpoint, or was told to stop.
+        """
         begin = self._logged
-        self._losses[-1] = float(self._stop)
+        self._losses[-2], self._losses[-1] = float(late), float(self._stop)
         mean = self.accelerator.reduce(self._losses.clone(), "mean").tolist()
         losses = [mean[s % self.log_steps] for s in range(begin, end)]
         for step, loss in zip(range(begin, end), losses, strict=True):
             if not abs(loss) < float("inf"):
                 self._fail(step, f"the loss is {loss}")
-        return statistics.fmean(losses), mean[-1] > 0
+        return statistics.fmean(losses), mean[-2] > 0, mean[-1] > 0
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -212,6 +216,7 @@ class Trainer:
         marks = {round(total * (k + 1) / self.evals) for k in range(self.evals)}
         hparams = {"tensorboard": {"purge_step": start}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=hparams)
+        alone = self.accelerator.num_processes == 1
         saved = tick = time.monotonic()
         self.module.train()
         with (
@@ -223,25 +228,24 @@ class Trainer:
         ):
             for step, fetched in enumerate(steps, start):
                 self.step(fetched, step, plan.resolution(step), step / total)
-                done, note = step + 1, ""
-                stop = self._stop and self.accelerator.num_processes == 1
-                if done % self.log_steps == 0 or done == total or done in marks:
-                    loss, told = self._read_losses(done)
+                done, note, save, stop = step + 1, "", False, False
+                late = time.monotonic() - saved > 60 * self.checkpoint_minutes
+                log = done % self.log_steps == 0 or done == total or done in marks
+                if log or (alone and (late or self._stop)):  # steps that all ranks agree on
+                    loss, save, stop = self._read_losses(done, late)
+                if log:
                     speed = batch * (done - self._logged) / (time.monotonic() - tick)
                     rate = self.optimizer.param_groups[0]["lr"]
                     self._log(done, {"loss": loss, "lr": rate, "images_per_second": speed})
-                    stop, note, self._logged = stop or told, f"loss {loss:.3f}", done
-                    tick = time.monotonic()
+                    note, self._logged, tick = f"loss {loss:.3f}", done, time.monotonic()
                 advance(batch, note)
+                paused = time.monotonic()
                 if done in marks and self.evaluate is not None:
                     self._evaluate(done)
-                    tick = time.monotonic()
-                late = time.monotonic() - saved > 60 * self.checkpoint_minutes
-                if late or stop or done == total:
-                    if done > self._logged:
-                        self._read_losses(done)  # no NaN is saved
+                if save or stop or done == total:
                     self.save(done)
-                    saved = tick = time.monotonic()
+                    saved = time.monotonic()
+                tick += time.monotonic() - paused
                 if stop:
                     say(f"stopped after step {done:,}; the same command goes on from there")
                     raise SystemExit(128 + (self._stop or signal.SIGTERM))

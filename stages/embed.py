@@ -28,7 +28,8 @@ class Options:
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Embed every split, unless the finished embeddings of these weights are there."""
     contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
-    weights = runs.require(entry / "pretrain" / "encoder.safetensors", "make pretrain")
+    finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
+    weights = finished.with_name("encoder.safetensors")
     inputs = [contest.folder / "contest.json", weights]
     facts = runs.Run.of(entry / "embeddings", plain, ("data", "evaluate"), inputs)
     if facts.is_current() and not force:

@@ -16,6 +16,7 @@ import torch
 from pipeline import InputError, config, runs
 from pipeline.classifiers import Classifier, build_head, freeze, probe, save_classifier
 from pipeline.config import Recipe
+from pipeline.distributed import barrier
 from pipeline.encoders import features
 from pipeline.finetuning import finetuner, initial_encoder, report
 from pipeline.inference import check_size, predict_split
@@ -63,20 +64,24 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     folder = runs.finetune_folder(name, runs.label_rounds(contest.folder, entry))
     inputs, pretrained = [contest.folder / "contest.json", *files], None
     if c.init == "pretrained":
-        pretrained = runs.require(entry / "pretrain" / "encoder.safetensors", "make pretrain")
+        finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
+        pretrained = finished.with_name("encoder.safetensors")
         inputs.append(pretrained)
     facts = runs.Run.of(folder, plain, ("data", "encoder", "finetune"), inputs)
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
-    facts.begin()
-    if force:
-        (folder / "plan.json").unlink(missing_ok=True)
+    facts.begin(anew=force)
     accelerator = make_accelerator(c.precision, folder)
     train, held = training_set(files, c.fraction, c.per_class, c.holdout, recipe.seed)
     runs.say(
         f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out"
     )
+    if contest.rehearsal and (train.split == "val").any():
+        raise InputError(
+            "finetune: labels of val are among the manifests, but in a rehearsal val stands for "
+            "the secret test"
+        )
     encoder, spec = initial_encoder(recipe, pretrained)
     resolutions, width = c.resolutions or [contest.size[0]], features(encoder)
     size = c.eval_resolution or resolutions[-1]
@@ -85,7 +90,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     classifier = Classifier(encoder, build_head(c.head, width, contest.classes))
     classifier.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if c.probe_first and c.head == "linear" and c.init != "scratch":
-        probe(classifier, contest.pool(train), train.label, size, contest, recipe.evaluate.linear_c)
+        probe(classifier, contest.pool(train), train.label, size, contest, c.probe_c)
     freeze(encoder, c.train, c.blocks)
     seen = contest.manifest("val").usable() if c.monitor == "val" else held
     trainer = finetuner(recipe, contest, classifier, accelerator, facts, train, seen, size)
@@ -113,6 +118,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         facts.finish(round=int(folder.name.split("-")[1]), labels=len(train), **scores)
         for key, value in scores.items():
             runs.say(f"{key}: {value}" if value is None else f"{key}: {value:.2f} %")
+    barrier()  # what comes next may read all this
     runs.say(f"wrote {folder}; next: make pseudo-label, make label-request or make submit")
     return folder
 

@@ -19,10 +19,10 @@ from pipeline import InputError, config, runs
 from pipeline.checkpoint import save_tensors
 from pipeline.config import Recipe
 from pipeline.distributed import synchronize_batch_norm
-from pipeline.encoders import build_encoder, features
+from pipeline.encoders import features
 from pipeline.feed import Feed
 from pipeline.figures import curve
-from pipeline.inference import check_size, predict
+from pipeline.inference import check_size, encoder_for, predict
 from pipeline.manifest import Contest, choose_labels, load_contest
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
@@ -47,9 +47,11 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return
-    facts.begin()
-    if force:
-        (folder / "plan.json").unlink(missing_ok=True)
+    facts.begin(anew=force)
+    if contest.rehearsal and "val" in c.splits:
+        raise InputError(
+            "pretrain: val is among the splits, but in a rehearsal it stands for the secret test"
+        )
     accelerator = make_accelerator(c.precision, folder)
     pool = Pool([(contest.packed(s), contest.usable(s)) for s in c.splits])
     if len(pool) < c.batch_size:
@@ -58,7 +60,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
             f"{c.batch_size}; a batch no larger than the images is expected"
         )
     torch.manual_seed(recipe.seed)
-    encoder = build_encoder(recipe.encoder.name, recipe.encoder.stem, **recipe.encoder.options)
+    encoder = encoder_for(asdict(recipe.encoder))
     for size in c.resolutions:
         check_size(encoder, size)
     method = synchronize_batch_norm(c.method(encoder), accelerator.device)
@@ -81,7 +83,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     shares = ", ".join(
         f"{n:,} at {r} px" for r, n in zip(plan.resolutions, plan.steps, strict=True)
     )
-    runs.say(f"{len(pool):,} images, {plan.total:,} steps of {c.batch_size} ({shares})")
+    several = f" on {n} processes" if (n := accelerator.num_processes) > 1 else ""
+    runs.say(f"{len(pool):,} images, {plan.total:,} steps of {c.batch_size} ({shares}){several}")
     history = trainer.fit(plan, "pretrain")
     if accelerator.is_main_process:
         metadata = {

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline import InputError, config, runs
 from pipeline.config import Recipe
+from pipeline.distributed import barrier, rank
 from pipeline.figures import coverage
+from pipeline.finetuning import logits_of
 from pipeline.manifest import (
     PSEUDO_LABELS,
     Contest,
@@ -25,6 +26,7 @@ from pipeline.manifest import (
 )
 from pipeline.metrics import predictions
 from pipeline.pseudo_labels import apply, summary
+from pipeline.trainer import make_accelerator
 from stages import finetune
 
 
@@ -39,6 +41,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Pseudo-label as many rounds as the recipe says, or those of them that are not done yet."""
     contest, rounds = load_contest(recipe.data.contest), recipe.pseudo_label.rounds
     entry = runs.entry_folder(recipe.entry or "entry")
+    make_accelerator("auto", entry)  # where there are several processes, they meet here
     newest, facts = _newest(entry), _facts(contest, entry, plain)
     record = newest.with_suffix(".json") if newest else Path()
     made = runs.read_json(record, "make pseudo-label") if record.is_file() else {}
@@ -56,7 +59,9 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         if current:
             finetune.run(recipe, plain)
         done, current = done + 1, True
-        _label(recipe, contest, entry, done, _facts(contest, entry, plain))
+        if rank() == 0:
+            _label(recipe, contest, entry, done, _facts(contest, entry, plain))
+        barrier()
 
 
 def _newest(entry: Path) -> Path | None:
@@ -83,7 +88,7 @@ def _label(
         images = images.take(~np.isin(images.index, read_manifest(file).index))
     apart, what = _apart(contest, latest)
     runs.say(f"labeling {len(images):,} images by {latest} …")
-    logits, logits_apart = (_logits(latest, m, contest.classes) for m in (images, apart))
+    logits, logits_apart = (logits_of(latest, m, contest.classes) for m in (images, apart))
     labeler = recipe.pseudo_label.strategy()
     rows, labels, confidences, right = apply(labeler, logits, logits_apart, apart.label)
     if not len(rows):
@@ -114,16 +119,6 @@ def _next(entry: Path, latest: Path) -> Path:
     number = int(newest.stem.split("-")[1]) if newest else 0
     same = newest and read_manifest(newest).source[:1].tolist() == [str(latest)]
     return entry / f"pseudo-{number if same else number + 1}.csv"
-
-
-def _logits(latest: Path, images: Manifest, classes: int) -> npt.NDArray[np.float32]:
-    """The classifier's logits of the manifest's images, [n, classes]."""
-    out = np.empty((len(images), classes), np.float32)
-    for split in np.unique(images.split):
-        file = runs.require(latest / "logits" / f"{split}.npy", "make finetune")
-        of = images.split == split
-        out[of] = np.load(file, mmap_mode="r")[images.index[of]]
-    return out
 
 
 def _apart(contest: Contest, latest: Path) -> tuple[Manifest, str]:

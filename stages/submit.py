@@ -48,7 +48,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     contest, entry = load_contest(recipe.data.contest), recipe.entry or "entry"
     k = recipe.submit.round
     finetune = runs.latest_finetune(entry) if k is None else runs.finetune_folder(entry, k)
-    weights = runs.require(finetune / "classifier.safetensors", "make finetune")
+    weights = runs.finished(finetune, "make finetune") / "classifier.safetensors"
     tuned = runs.read_json(finetune / "provenance.json", "make finetune")
     made, folder = _made_with(plain, entry, tuned), runs.submission_folder(entry)
     inputs = [contest.folder / "contest.json", weights, finetune / "trained_on.csv"]
@@ -65,15 +65,18 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         runs.say("scoring the submission in a fresh process, as the organizers do")
         checked = submission.check(aside, contest, finetune / "logits")
         unread = submission.write_predictions(aside, weights, contest, test) if test else 0
+        labels = submission.label_counts(finetune)
         transfer = bool(load_tensors(weights)[1]["transfer"])
         card = {
             "entry": entry,
             "val_top1": checked.score if checked.split == "val" else None,
             "checked": checked._asdict(),
-            "notes": submission.notes(contest, transfer, made["finetune"]["monitor"] == "val"),
+            "notes": submission.notes(
+                contest, transfer, made["finetune"]["monitor"] == "val", labels
+            ),
             "transfer": transfer,
             "rehearsal": contest.rehearsal,
-            "labels": submission.label_counts(finetune),
+            "labels": labels,
             "predictions": {"split": test, "unreadable": unread} if test else None,
             "finetune": {"folder": str(finetune), "commit": tuned["commit"]} | tuned["results"],
         }

@@ -128,12 +128,19 @@ TINY = [
 def run_stage():  # type: ignore[no-untyped-def]
     """Run a stage (a module, or Python's arguments) on the tiny contest in a process of its own."""
 
-    def run(module: str | list[str], *options: str, wait: bool = True):  # type: ignore[no-untyped-def]
+    def run(  # type: ignore[no-untyped-def]
+        module: str | list[str],
+        *options: str,
+        wait: bool = True,
+        environment: dict[str, str] | None = None,
+    ):
         head = ["-m", module] if isinstance(module, str) else module
         command = [sys.executable, *head, *TINY, *options]
         process = subprocess.Popen(
             command,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -103,19 +103,48 @@ def test_reduced_batch_norm_keeps_what_timm_fuses_into_the_layer() -> None:
     torch.testing.assert_close(reduced(x), layer(x))
 
 
+STAGE = ["--pretrain.steps", "4", "--pretrain.precision", "no", "--pretrain.log_steps", "1"]
+STAGE += ["--pretrain.batch_size", "16", "--pretrain.optimizer.lr", "0.01"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+
+
+def by_torchrun(run_stage, *options: str) -> str:  # type: ignore[no-untyped-def]
+    launch = [*TORCHRUN, "--master_port", str(free_port()), "-m", "stages.pretrain"]
+    return str(run_stage(launch, *options))
+
+
+def by_accelerate(run_stage, *options: str) -> str:  # type: ignore[no-untyped-def]
+    """accelerate launch --cpu starts one process, whatever --num_processes says, for a launcher as
+    mpirun, which tells each its rank: this test is that launcher.
+    """
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    address |= {"LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        run_stage(
+            [*launch, "-m", "stages.pretrain"],
+            *options,
+            wait=False,
+            environment=address | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert not any(process.returncode for process in processes), outputs
+    return str(outputs[0][0])
+
+
 @pytest.mark.dist
-def test_accelerate_launch_equals_one_process(tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("launch", [by_torchrun, by_accelerate])
+def test_launched_processes_equal_one(tiny_contest: Path, run_stage, launch) -> None:  # type: ignore[no-untyped-def]
     """The stage on one process and on two: the same losses, the same weights in the end."""
     from pipeline.checkpoint import load_tensors
     from pipeline.runs import read_json
 
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    launch += ["--main_process_port", str(free_port()), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "stages.pretrain"]
-    options = ["--pretrain.steps", "4", "--pretrain.precision", "no", "--pretrain.log_steps", "1"]
-    options += ["--pretrain.batch_size", "16", "--pretrain.optimizer.warmup", "0"]
-    run_stage("stages.pretrain", "--entry", "one", *options)
-    run_stage(launch, "--entry", "two", *options)
+    run_stage("stages.pretrain", "--entry", "one", *STAGE)
+    out = launch(run_stage, "--entry", "two", *STAGE)
+    assert "on 2 processes" in out
     histories = [read_json(Path(f"runs/{e}/pretrain/history.json"), "") for e in ("one", "two")]
     losses = [[h["loss"] for h in history if "loss" in h] for history in histories]
     assert len(losses[0]) == 4
@@ -125,3 +154,24 @@ def test_accelerate_launch_equals_one_process(tiny_contest: Path, run_stage) -> 
     start = torch.cat([v.flatten().double() for v in one.values()])
     end = torch.cat([v.flatten().double() for v in two.values()])
     assert (start - end).norm() / start.norm() < 1e-4
+
+
+@pytest.mark.dist
+def test_processes_agree_on_when_to_save_and_plan(tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+    """Each has a clock of its own: where they did not agree, gloo would end the run."""
+    from pipeline.checkpoint import load_torch
+
+    options = ["--pretrain.steps", "40", "--pretrain.log_steps", "3", "--pretrain.batch_size", "16"]
+    by_torchrun(run_stage, "--entry", "two", *options, "--pretrain.checkpoint_minutes", "0.002")
+    assert load_torch(Path("runs/two/pretrain/checkpoint.pt"))["step"] == 40
+
+
+@pytest.mark.dist
+def test_a_batch_that_cannot_be_shared_is_refused(tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+    process = run_stage(
+        [*TORCHRUN, "--master_port", str(free_port()), "-m", "stages.pretrain"],
+        *STAGE,
+        "--pretrain.batch_size=15",
+        wait=False,
+    )
+    assert "error: batch_size is 15 over 2 processes" in process.communicate(timeout=300)[1]

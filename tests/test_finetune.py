@@ -149,8 +149,9 @@ def test_plateau_lowers_the_rate_and_looks_at_the_holdout(pretrained: Path) -> N
     rates = [h["lr"] for h in history if "lr" in h]
     assert rates[-1] < rates[0]
     assert sum("heldout_loss" in h for h in history) == 10
-    with pytest.raises(InputError, match="needs a holdout above 0"):
-        run("--finetune.schedule=plateau", "--finetune.holdout=0")
+    for few in ("--finetune.holdout=0", "--finetune.per_class=1"):
+        with pytest.raises(InputError, match="'plateau' has no held-out labels to look at"):
+            run("--finetune.schedule=plateau", few)
 
 
 def test_val_may_not_be_chosen_by_in_a_rehearsal(pretrained: Path) -> None:
@@ -158,12 +159,49 @@ def test_val_may_not_be_chosen_by_in_a_rehearsal(pretrained: Path) -> None:
     file.write_text(file.read_text().replace('"rehearsal": false', '"rehearsal": true'))
     with pytest.raises(InputError, match="in a rehearsal val stands for the secret test"):
         run("--finetune.monitor=val")
+    with pytest.raises(InputError, match="labels of val are among the manifests"):
+        run("--finetune.manifests=[train,data_manifests/tiny/val.csv]")
+
+
+def test_held_out_labels_are_judged_by_the_logits_of_their_split(pretrained: Path) -> None:
+    images = np.arange(40, 64)  # most of them beyond the training images of a class
+    file = Path("data_manifests/tiny/requested-1.csv")
+    write_manifest(file, Manifest.of("unlabeled", images, images % 4))
+    folder = run("--finetune.manifests=[requested]")
+    held = read_manifest(folder / "holdout.csv")
+    assert set(held.split) == {"unlabeled"}
+    logits = np.load(folder / "logits" / "unlabeled.npy")[held.index]
+    found = 100 * (logits.argmax(1) == held.label).mean()
+    assert results(folder)["holdout_top1"] == pytest.approx(found)
+
+
+def test_a_deleted_result_is_made_again(
+    pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run()
+    run()
+    assert "is up to date" in capsys.readouterr().out
+    (folder / "classifier.safetensors").unlink()
+    assert (run() / "classifier.safetensors").is_file()
+
+
+def test_an_unfinished_pretraining_is_not_started_from(pretrained: Path) -> None:
+    Path("runs/f/pretrain/provenance.json").unlink()
+    with pytest.raises(InputError, match="`make pretrain` makes it"):
+        run()
+
+
+def test_files_that_people_put_aside_are_no_rounds(pretrained: Path) -> None:
+    run()
+    Path("runs/f/finetune-0").rename("runs/f/finetune-0-old")
+    write_manifest(Path("data_manifests/tiny/requested-old.csv"), Manifest.of("train", [0], 0))
+    assert run().name == "finetune-0"
 
 
 def test_from_scratch_needs_no_encoder_and_pretrained_does(tiny_contest: Path) -> None:
     with pytest.raises(InputError) as error:
         run(entry="s")
-    expected = "runs/s/pretrain/encoder.safetensors is not there; `make pretrain` makes it"
+    expected = "runs/s/pretrain/provenance.json is not there; `make pretrain` makes it"
     assert str(error.value) == expected
     assert run("--finetune.init=scratch", "--finetune.steps=2", entry="s").is_dir()
 

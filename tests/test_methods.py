@@ -112,3 +112,23 @@ def test_projections_of_views_of_two_sizes_are_those_of_each_alone() -> None:
     z = method.project(views)
     assert z.shape == (2, 4, 128)
     torch.testing.assert_close(z[1], method.projector(pool(views[1])))
+
+
+def test_the_loss_is_not_rounded_to_bf16() -> None:
+    """Under autocast the projections are, but not the similarities and their softmax."""
+
+    class Projected(Method):
+        def project(self, views: list[Tensor]) -> Tensor:
+            return torch.stack(views)
+
+        def loss(self, projections: Tensor) -> Tensor:
+            return nt_xent(projections, 0.1)
+
+    torch.manual_seed(0)
+    x = torch.randn(256, 32)
+    views = [(x + 0.3 * torch.randn_like(x)).bfloat16() for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = Projected()(views)
+    assert loss.dtype == torch.float32
+    exact = nt_xent(torch.stack(views).double(), 0.1)
+    assert float(loss) == pytest.approx(float(exact), rel=1e-5)

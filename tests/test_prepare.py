@@ -1,5 +1,6 @@
 """prepare: what it packs, what it refuses and in which words, and what it leaves behind."""
 
+import errno
 import hashlib
 import io
 import json
@@ -215,6 +216,17 @@ def test_a_bad_label_file_is_reported_and_never_skipped(root: Path, labels: obje
         assert lines[0] == "1 file is unusable"
         assert lines[1].startswith(f"  train_label_tensor.pt: {reason}")
         assert lines[2] == "mend them; --skip-bad does not go on without train_label_tensor.pt"
+
+
+def test_images_missing_at_the_end_are_seen_by_their_labels(root: Path):
+    for n in (6, 7):
+        (root / "train" / f"{n}.png").unlink()
+    lines = refusal(root).split("\n")
+    reason = "missing, as train_label_tensor.pt has 8 entries"
+    assert lines[1] == f"  train/6.png to 7.png (2 files): {reason}"
+    run(root, skip_bad=True)
+    assert load_contest("tiny").usable("train").tolist() == [0, 1, 2, 3, 4, 5]
+    assert load_contest("tiny").images("train") == 8
 
 
 def test_a_missing_or_damaged_label_file_is_reported(root: Path):
@@ -445,8 +457,16 @@ def test_a_full_disk_is_noticed_before_packing(root: Path, monkeypatch: pytest.M
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: usage)
     assert refusal(root) == (
-        "data/tiny has 0.0 GB free; 0.0 GB are needed for 12 images of 16 × 16"
+        "data/tiny has 0.0 GB free; 0.0 GB are needed for 28 images of 16 × 16"
     )
+
+
+def test_a_disk_that_fills_up_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*args: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)  # the workers are forked
+    assert refusal(root) == "the packed images cannot be written: No space left on device"
 
 
 def test_a_decoder_that_dies_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch):

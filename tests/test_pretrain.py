@@ -175,3 +175,46 @@ def test_a_resolution_that_leaves_nothing_is_refused(tiny_contest: Path) -> None
         run(*OPTIONS, "--pretrain.resolutions=[16]")
     with pytest.raises(InputError, match="the encoder cannot take images of 32 pixels"):
         run(*OPTIONS, "--pretrain.resolutions=[32]", "--encoder.name=vit_tiny_patch16_224")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--encoder.name=resnet19"], "encoder: encoder 'resnet19' is not a timm model; near it"),
+        (["--encoder.options={depth: 3}"], "encoder: .*'depth'"),
+        (["--pretrain.views=[{count: 1}]"], "pretrain: 2 views or more are expected"),
+        (["--pretrain.log_steps=0"], "pretrain: log_steps is 0; 1 or more is expected"),
+        (["--pretrain.resolutions=[4]"], r"pretrain: resolutions are \[4\]; 8 pixels or more"),
+        (["--finetune.resolutions=[]"], r"finetune: resolutions are \[\]; 8 pixels or more"),
+        (
+            ["--pretrain.steps=null", "--pretrain.epochs=1", "--pretrain.minutes=1"],
+            "pretrain: one of epochs, steps and minutes is expected as a budget",
+        ),
+        (["--pretrain.steps=-1"], "pretrain: steps is -1; above 0 is expected"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_one_clear_line(
+    tiny_contest: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(*OPTIONS, *options)
+
+
+def test_val_is_not_trained_on_in_a_rehearsal(tiny_contest: Path) -> None:
+    file = Path("data_manifests/tiny/contest.json")
+    file.write_text(file.read_text().replace('"rehearsal": false', '"rehearsal": true'))
+    with pytest.raises(InputError, match="val is among the splits"):
+        run(*OPTIONS, "--pretrain.splits=[unlabeled,val]")
+
+
+def test_another_recipe_keeps_the_old_checkpoint(
+    tiny_contest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run(*OPTIONS, "--entry=k", "--pretrain.steps=3")
+    (folder / "provenance.json").unlink()  # as if interrupted
+    old = (folder / "checkpoint.pt").read_bytes()
+    run(*OPTIONS, "--entry=k", "--pretrain.steps=4")
+    assert "as this changed: pretrain.steps 3 → 4; the old check" in capsys.readouterr().out
+    assert (folder / "checkpoint-before.pt").read_bytes() == old
+    run(*OPTIONS, "--entry=k", "--pretrain.steps=4", force=True)
+    assert "going on from" not in capsys.readouterr().out

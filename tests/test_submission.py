@@ -245,5 +245,5 @@ def test_what_is_missing_is_named(contest: Contest) -> None:
     finetuned(contest)
     with pytest.raises(InputError, match="test is 'secret'; one of the contest's splits"):
         submit.run(*parsed("--submit.test=secret"))
-    with pytest.raises(InputError, match=r"finetune-3/classifier.safetensors is not there"):
+    with pytest.raises(InputError, match=r"finetune-3/provenance.json is not there"):
         submit.run(*parsed("--submit.round=3"))

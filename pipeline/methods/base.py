@@ -1,5 +1,6 @@
 """What a pretraining method is."""
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import gather
@@ -24,8 +25,12 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """The loss of this process's views with the projections of all processes."""
-        return self.loss(gather(self.project(views), dim=1))
+        """The loss of this process's views with the projections of all processes; never in bf16,
+        whose softmax is too coarse for a batch of similarities.
+        """
+        projections = gather(self.project(views), dim=1)
+        with torch.autocast(projections.device.type, enabled=False):
+            return self.loss(projections.float() if projections.itemsize < 4 else projections)
 
     def before_update(self, progress: float) -> None:
         """Called between backward and the optimizer's step; progress runs from 0 to 1."""

@@ -61,4 +61,4 @@ class SimCLR(Method):
         return torch.stack([self.projector(self.encoder(view)) for view in views])
 
     def loss(self, projections: Tensor) -> Tensor:
-        return nt_xent(projections.float(), self.temperature)
+        return nt_xent(projections, self.temperature)
