@@ -261,6 +261,7 @@ def training_set(
     first = parts[0].take(choose_labels(parts[0].label, fraction, per_class, seed))
     held = hold_out(first.label, holdout, seed)
     train = Manifest.concatenate([first.take(~held), *parts[1:]])
+    train = train.take(np.argsort(train.split, kind="stable"))  # one packed file after the other
     if not len(train):
         raise InputError("no labeled image is left to train on; a larger fraction is expected")
     return train, first.take(held)

@@ -178,6 +178,9 @@ class Run:
         """The run in `folder` of the `sections` of a plain recipe over the files `inputs`."""
         chosen = {name: plain[name] for name in ("seed", *sections)}
         chosen = json.loads(json.dumps(chosen, default=str))  # as it is read back
+        for section in chosen.values():
+            if isinstance(section, dict):
+                section.pop("checkpoint_minutes", None)  # which changes no result
         return cls(folder, {"recipe": chosen, "inputs": {str(p): sha256(p) for p in inputs}})
 
     def is_current(self) -> bool:

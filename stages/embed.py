@@ -31,7 +31,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
     weights = finished.with_name("encoder.safetensors")
     inputs = [contest.folder / "contest.json", weights]
-    facts = runs.Run.of(entry / "embeddings", plain, ("data", "evaluate"), inputs)
+    decides = plain | {"evaluate": {"resolution": recipe.evaluate.resolution}}
+    facts = runs.Run.of(entry / "embeddings", decides, ("evaluate",), inputs)
     if facts.is_current() and not force:
         runs.say(f"{facts.folder} is up to date (--force runs it anew)")
         return

@@ -37,7 +37,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     folder = runs.finished(entry / "embeddings", "make embed")
     files = {split: folder / f"{split}.npy" for split in contest.splits}
     inputs = [contest.folder / "contest.json", *files.values()]
-    facts = runs.Run.of(entry / "evaluate", plain, ("data", "evaluate"), inputs)
+    facts = runs.Run.of(entry / "evaluate", plain, ("evaluate",), inputs)
     if facts.is_current() and not force:
         runs.say(f"{facts.folder} is up to date (--force runs it anew)")
         return

@@ -67,7 +67,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
         pretrained = finished.with_name("encoder.safetensors")
         inputs.append(pretrained)
-    facts = runs.Run.of(folder, plain, ("data", "encoder", "finetune"), inputs)
+    facts = runs.Run.of(folder, plain, ("encoder", "finetune"), inputs)
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder

@@ -41,7 +41,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     if strategy.uses_logits:
         files.append(runs.latest_finetune(entry.name) / "logits" / "unlabeled.npy")
     inputs = [manifests / "contest.json", *answered, *files]
-    facts = runs.Run.of(entry / "label_request", plain, ("data", "label_request"), inputs)
+    facts = runs.Run.of(entry / "label_request", plain, ("label_request",), inputs)
     file = facts.folder / f"request_{c.team}.csv"
     if not force and facts.is_current():
         runs.say(f"{file} is up to date (--force chooses anew); next: make import-labels")

@@ -41,9 +41,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Pretrain as `recipe` says, unless its finished result is there."""
     c, contest = recipe.pretrain, load_contest(recipe.data.contest)
     folder = runs.entry_folder(recipe.entry or "entry") / "pretrain"
-    facts = runs.Run.of(
-        folder, plain, ("data", "encoder", "pretrain"), [contest.folder / "contest.json"]
-    )
+    facts = runs.Run.of(folder, plain, ("encoder", "pretrain"), [contest.folder / "contest.json"])
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return

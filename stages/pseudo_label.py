@@ -75,7 +75,7 @@ def _facts(contest: Contest, entry: Path, plain: dict[str, Any]) -> dict[str, An
     inputs = [contest.folder / "contest.json", *runs.numbered(contest.folder, "requested")]
     inputs += [latest / "logits" / "unlabeled.npy", latest / "holdout.csv"]
     inputs = [runs.require(file, "make finetune") for file in inputs]
-    return runs.Run.of(entry, plain, ("data", "pseudo_label"), inputs).facts
+    return runs.Run.of(entry, plain, ("pseudo_label",), inputs).facts
 
 
 def _label(

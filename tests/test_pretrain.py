@@ -218,3 +218,5 @@ def test_another_recipe_keeps_the_old_checkpoint(
     assert (folder / "checkpoint-before.pt").read_bytes() == old
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4", force=True)
     assert "going on from" not in capsys.readouterr().out
+    run(*OPTIONS, "--entry=k", "--pretrain.steps=4", "--pretrain.checkpoint_minutes=9")
+    assert "is up to date" in capsys.readouterr().out
