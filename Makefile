@@ -21,7 +21,7 @@ demo: .venv/.installed ## Make a contest, enter it, print the scoreboard (SOURCE
 	$(VENV) python -m stages.demo $(call given,source,SOURCE) $(ARGS)
 
 test: .venv/.installed ## Run the default test suite
-	$(VENV) python -m pytest $(ARGS)
+	$(VENV) OMP_NUM_THREADS=1 python -m pytest -n 2 $(ARGS)
 
 lint: .venv/.installed ## Check style and format with ruff
 	$(VENV) ruff check . && $(VENV) ruff format --check .
