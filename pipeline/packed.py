@@ -3,7 +3,6 @@
 import functools
 import gc
 import hashlib
-import math
 import multiprocessing
 import os
 import shutil
@@ -195,35 +194,40 @@ def pack(
 def _pack_part(
     root: str, files: Sequence[str], rows: Sequence[int], out: Path, start: int, form: Form
 ) -> Packed:
-    digests, reasons, good = [], [], 0
+    digests, reasons, good = [], [], list[int]()
     sheet = _sheet(form.width, form.height)
-    with FileIO(out, "r+") as f:
-        for name, row in zip(files, rows, strict=True):
-            file, data, reason = f"{root}/{name}", b"", ""
-            try:
-                with FileIO(file) as source:
-                    data = source.read()
-                image = decode(data, file, form)
-            except OSError as error:
-                reason = f"cannot be read ({error.strerror})"
-            except _Unusable as error:
-                reason = str(error)
-            else:
-                os.pwrite(f.fileno(), image.tobytes(), start + row * form.bytes)
-                sheet.paste(image, (0, good * form.height))
-                good += 1
-            digests.append(hashlib.sha256(data).hexdigest() if data else "")
-            reasons.append(reason)
-    counts = sheet.crop((0, 0, form.width, good * form.height)) if good < _TASK else sheet
-    histogram = np.array(counts.histogram(), np.int64).reshape(3, 256)
+    for name, row in zip(files, rows, strict=True):
+        file, data, reason = f"{root}/{name}", b"", ""
+        try:
+            with FileIO(file) as source:
+                data = source.read()
+            sheet.paste(decode(data, file, form), (0, len(good) * form.height))
+            good.append(row)
+        except OSError as error:
+            reason = f"cannot be read ({error.strerror})"
+        except _Unusable as error:
+            reason = str(error)
+        digests.append(hashlib.sha256(data).hexdigest() if data else "")
+        reasons.append(reason)
+    if len(good) < _TASK:
+        sheet = sheet.crop((0, 0, form.width, len(good) * form.height))
+    _write(out, start, form, good, sheet.tobytes())
+    histogram = np.array(sheet.histogram(), np.int64).reshape(3, 256)
     return Packed(np.array(digests, "S64"), reasons, histogram)
+
+
+def _write(out: Path, start: int, form: Form, rows: Sequence[int], pixels: bytes) -> None:
+    """Write images to their rows, each run of neighboring rows at once: a write locks the file."""
+    ends = [k + 1 for k in range(len(rows)) if rows[k] + 1 not in rows[k + 1 : k + 2]]
+    with FileIO(out, "r+") as file:
+        for first, end in zip([0, *ends], ends, strict=False):
+            part = memoryview(pixels)[first * form.bytes : end * form.bytes]
+            os.pwrite(file.fileno(), part, start + rows[first] * form.bytes)
 
 
 @functools.cache
 def _sheet(width: int, height: int) -> Image.Image:
-    """Where a worker puts the images of a task one below the other, to count their pixels at
-    once.
-    """
+    """Where a worker puts the images of a task one below the other, to count and write at once."""
     return Image.new("RGB", (width, height * _TASK))
 
 
@@ -280,20 +284,3 @@ def histogram(array: Pixels, rows: Iterable[int]) -> npt.NDArray[np.int64]:
         for channel in range(3):
             counts[channel] += np.bincount(array[row, :, :, channel].ravel(), minlength=256)
     return counts
-
-
-def mean_std(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each channel, 0 to 1, by exact integer sums over a histogram [3, 256].
-
-    Raises InputError where it counts no pixel.
-    """
-    mean, std = [], []
-    for channel in counts.tolist():
-        n = sum(channel)
-        if not n:
-            raise InputError("no usable image is left to compute mean and deviation of")
-        total = sum(v * c for v, c in enumerate(channel))
-        squares = sum(v * v * c for v, c in enumerate(channel))
-        mean.append(total / (255 * n))
-        std.append(math.sqrt(n * squares - total * total) / (255 * n))
-    return mean, std

@@ -1,6 +1,7 @@
 """From a contest's folder to packed arrays and manifests."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import InputError
 from pipeline.config import Data
 from pipeline.contest_layout import Defect, Layout, Split
 from pipeline.duplicates import count_duplicates, first_match
@@ -86,6 +88,23 @@ def usable_pixels(packed: Packed, manifest: Manifest, array: Path) -> npt.NDArra
     """The histogram [3, 256] of the usable images: what packing counted, less what was excluded."""
     excluded = [k for k, note in enumerate(manifest.note) if note.startswith("excluded")]
     return packed.histogram - histogram(open_packed(array), excluded)
+
+
+def mean_std(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel, 0 to 1, by exact integer sums over a histogram [3, 256].
+
+    Raises InputError where it counts no pixel.
+    """
+    mean, std = [], []
+    for channel in counts.tolist():
+        n = sum(channel)
+        if not n:
+            raise InputError("no usable image is left to compute mean and deviation of")
+        total = sum(v * c for v, c in enumerate(channel))
+        squares = sum(v * v * c for v, c in enumerate(channel))
+        mean.append(total / (255 * n))
+        std.append(math.sqrt(n * squares - total * total) / (255 * n))
+    return mean, std
 
 
 def asked_for(layout: Layout, data: Data) -> dict[str, Any]:

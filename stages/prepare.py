@@ -17,7 +17,6 @@ from pipeline import InputError, config, preparation, runs
 from pipeline.config import Data, Recipe
 from pipeline.contest_layout import Layout, read_layout, report
 from pipeline.manifest import PREPARED, Manifest, read_manifest, write_manifest
-from pipeline.packed import mean_std
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False, skip_bad: bo
         manifests, duplicates = preparation.make_manifests(layout, packed, data.keep_duplicates)
         _check_answers(folder, manifests)
         basis = "unlabeled" if "unlabeled" in manifests else "train"
-        mean, std = mean_std(
+        mean, std = preparation.mean_std(
             preparation.usable_pixels(packed[basis], manifests[basis], aside[basis])
         )
         (folder / "contest.json").unlink(missing_ok=True)  # unfinished from here on

@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from pipeline import InputError
-from pipeline.packed import Form, Pool, decode, histogram, mean_std, open_packed, to_rgb
+from pipeline.packed import Form, Pool, decode, histogram, open_packed, to_rgb
+from pipeline.preparation import mean_std
 
 RNG = np.random.default_rng(0)
 
