@@ -44,7 +44,7 @@ class Split:
 
 @dataclass
 class Layout:
-    """A contest's folder as found; `fingerprint` changes with any name, size or time in it."""
+    """A contest's folder as found; `fingerprint` differs with any name, size or time in it."""
 
     root: Path
     kind: str  # "contest" or "folder"
@@ -52,32 +52,30 @@ class Layout:
     classes: int = 0
     class_names: list[str] | None = None
     defects: list[Defect] = field(default_factory=list)
-    fingerprint: int = 0
-
-    def see(self, file: str, stat: os.stat_result) -> None:
-        """Let a file count in the fingerprint, a sum of digests: their order does not matter."""
-        line = f"{file} {stat.st_size} {stat.st_mtime_ns}"
-        digest = hashlib.sha256(line.encode()).digest()
-        self.fingerprint = (self.fingerprint + int.from_bytes(digest)) % 2**256
+    fingerprint: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
     def scan(self, folder: str) -> list[tuple[str, bool]]:
         """Names in a folder, sorted, hidden ones left out, and whether each is a folder itself."""
-        found = []
+        found = []  # name, whether it is a folder, and for a file its size and time
         with os.scandir(self.root / folder) as entries:
             for entry in entries:
-                file = f"{folder}/{entry.name}"
-                if entry.name.startswith("."):
+                name = entry.name
+                if name.startswith("."):
                     continue
-                if not entry.name.isprintable():
-                    self.defects.append(Defect(ascii(file), "has a name that is not printable"))
+                if not name.isprintable():
+                    reason = "has a name that is not printable"
+                    self.defects.append(Defect(ascii(f"{folder}/{name}"), reason))
                 elif entry.is_file():
-                    self.see(file, entry.stat())
-                    found.append((entry.name, False))
+                    stat = entry.stat()
+                    found.append((name, False, stat.st_size, stat.st_mtime_ns))
                 elif entry.is_dir():
-                    found.append((entry.name, True))
+                    found.append((name, True, 0, 0))
                 else:
-                    self.defects.append(Defect(file, "is neither a file nor a folder"))
-        return sorted(found)
+                    reason = "is neither a file nor a folder"
+                    self.defects.append(Defect(f"{folder}/{name}", reason))
+        found.sort()
+        self.fingerprint.update(f"{folder} {found}".encode())
+        return [(name, is_folder) for name, is_folder, *_ in found]
 
 
 def read_layout(root: Path) -> Layout:
@@ -172,7 +170,8 @@ def _read_labels(layout: Layout, split: Split) -> Integers | None:
     if not path.is_file():
         layout.defects.append(Defect(file, f"missing; {expected}", skippable=False))
         return None
-    layout.see(file, path.stat())
+    stat = path.stat()
+    layout.fingerprint.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())
     try:
         labels = load_torch(path)
     except InputError as error:

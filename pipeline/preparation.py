@@ -111,7 +111,7 @@ def asked_for(layout: Layout, data: Data) -> dict[str, Any]:
     """What decides the result: the state of the contest's folder, and what is done with it."""
     return {
         "root": str(layout.root),
-        "fingerprint": f"{layout.fingerprint:064x}",
+        "fingerprint": layout.fingerprint.hexdigest(),
         "rehearsal": is_rehearsal(layout, data),
         "size": data.size,
         "max_pixels": data.max_pixels,
