@@ -1,5 +1,6 @@
 """Outside weights, for comparisons with transfer learning: fitted to an encoder by key names."""
 
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ def _from_timm(encoder: nn.Module) -> dict[str, Tensor]:
     name = ".".join(filter(None, (facts.get("architecture"), facts.get("tag"))))
     if not timm.is_model_pretrained(name):
         raise InputError(f"timm has no pretrained weights for {name!r}; see timm.list_pretrained()")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are no news
     try:
         return dict(timm.create_model(name, pretrained=True, num_classes=0).state_dict())
     except Exception as error:  # every hub client raises errors of its own

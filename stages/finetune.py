@@ -117,7 +117,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         scores = report(folder, contest, held)
         facts.finish(round=int(folder.name.split("-")[1]), labels=len(train), **scores)
         for key, value in scores.items():
-            runs.say(f"{key}: {value}" if value is None else f"{key}: {value:.2f} %")
+            if value is not None:
+                runs.say(f"{key}: {value:.2f} %")
     barrier()  # what comes next may read all this
     runs.say(f"wrote {folder}; next: make pseudo-label, make label-request or make submit")
     return folder
