@@ -3,6 +3,7 @@
 This file is copied whole into every submission.py, so it imports nothing of the project.
 """
 
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import timm
@@ -12,12 +13,12 @@ Stem = Literal["imagenet", "low_stride", "cifar"]
 
 
 def features(encoder: nn.Module) -> int:
-    """The width d of the encoder's output [b, d]."""
-    return int(encoder.num_features)  # type: ignore[arg-type]
+    """The width d of the encoder's output [b, d]: in a VGG not that of its last feature map."""
+    return int(getattr(encoder, "head_hidden_size", encoder.num_features))  # type: ignore[arg-type]
 
 
 def build_encoder(name: str, stem: Stem = "imagenet", **options: Any) -> nn.Module:
-    """A timm model that maps [b, 3, h, w] to [b, model.num_features], randomly initialized.
+    """A timm model that maps [b, 3, h, w] to [b, features(model)], randomly initialized.
 
     The stem is `imagenet` (as timm builds it), `low_stride` (first convolution 3×3 at stride 1, a
     max-pool after it stays) or `cifar` (3×3 at stride 1 and no max-pool).  `options` go to timm.
@@ -27,7 +28,7 @@ def build_encoder(name: str, stem: Stem = "imagenet", **options: Any) -> nn.Modu
     if options.get("pretrained"):
         raise ValueError("encoder.options may not ask for pretrained weights; finetune.init may")
     if not timm.is_model(name):
-        near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "timm.list_models()"
+        near = ", ".join(get_close_matches(name, timm.list_models(), 5)) or "timm.list_models()"
         raise ValueError(f"encoder {name!r} is not a timm model; near it: {near}")
     model: nn.Module = timm.create_model(name, num_classes=0, **options)
     if stem == "imagenet":
@@ -36,7 +37,7 @@ def build_encoder(name: str, stem: Stem = "imagenet", **options: Any) -> nn.Modu
     conv = model.get_submodule(path) if path else None
     if not isinstance(conv, nn.Conv2d) or conv.stride not in ((2, 2), (1, 1)):
         raise ValueError(
-            f"stem {stem!r} does not fit {name}: its first layer is no strided convolution"
+            f"stem {stem!r} does not fit {name}: its first layer is no convolution of stride 2"
         )
     if conv.stride == (1, 1):
         raise ValueError(f"stem {stem!r} does not fit {name}: its first layer has stride 1 already")

@@ -35,7 +35,7 @@ class SimCLR(Method):
         """Projection head g(h) = W2 relu(W1 h) (section 2.1) and NT-Xent.
 
         Args:
-            encoder: maps [b, 3, s, s] to [b, encoder.num_features].
+            encoder: maps [b, 3, s, s] to [b, features(encoder)].
             temperature: of the softmax over similarities.
             hidden: width of the head's hidden layer; 0 takes the encoder's.
             output: width of the projections.
