@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from pipeline import InputError
@@ -78,7 +79,7 @@ def _read_tensor(path: Path, request: Path, indices: Ints, classes: int) -> Ints
     if not isinstance(value, Tensor):
         raise InputError(f"{path} holds a {type(value).__name__}; {wanted}")
     kind = str(value.dtype).removeprefix("torch.")
-    if kind != "int64" or value.ndim != 1:
+    if kind != "int64" or value.ndim != 1 or value.layout is not torch.strided:
         raise InputError(f"{path} holds {kind} of shape {list(value.shape)}; {wanted}")
     labels: Ints = value.numpy()
     if len(labels) != len(indices):

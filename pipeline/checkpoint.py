@@ -41,9 +41,10 @@ def load_torch(path: Path) -> Any:
             f"program when loaded; a file saved by torch.save(tensor) or torch.save(state_dict) is "
             f"expected"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a file that torch.save wrote ({reason})") from None
+    except Exception as error:  # torch raises nearly anything on a damaged file
+        reason = str(error).splitlines()[0] if isinstance(error, RuntimeError | OSError) else ""
+        reason = reason and f" ({reason})"
+        raise InputError(f"{path}: damaged, or not a file that torch.save wrote{reason}") from None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

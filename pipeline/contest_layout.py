@@ -180,7 +180,7 @@ def _read_labels(layout: Layout, split: Split) -> Integers | None:
         return None
     if not isinstance(labels, torch.Tensor):
         reason = f"holds a {type(labels).__name__}; {expected}"
-    elif labels.dtype != torch.int64 or labels.ndim != 1:
+    elif labels.dtype != torch.int64 or labels.ndim != 1 or labels.layout != torch.strided:
         dtype = str(labels.dtype).removeprefix("torch.")
         reason = f"holds {dtype} of shape {list(labels.shape)}; {expected}"
     elif len(labels) != split.images:

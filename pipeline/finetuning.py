@@ -27,7 +27,7 @@ from pipeline.outside import load_outside
 from pipeline.trainer import Trainer
 
 if TYPE_CHECKING:
-    from pipeline.config import Recipe
+    from pipeline.recipe import Recipe
 
 
 def initial_encoder(recipe: "Recipe", pretrained: Path | None) -> tuple[nn.Module, dict[str, Any]]:

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import InputError
-from pipeline.config import Data
 from pipeline.contest_layout import Defect, Layout, Split
 from pipeline.duplicates import count_duplicates, first_match
 from pipeline.manifest import Manifest
 from pipeline.packed import Form, Packed, create, decoders, histogram, open_packed, pack, read_size
 from pipeline.progress import progress
+from pipeline.recipe import Data
 from pipeline.runs import contest_folder, packed_file, sha256, write_json
 
 

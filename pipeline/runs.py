@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import InputError
-from pipeline.distributed import rank
+from pipeline.distributed import barrier, rank
 
 _KEPT = (".csv", ".npy", ".png", ".safetensors", ".txt")  # what a finished folder goes on having
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "faiss-gpu", "faiss-cpu", "scikit-learn")
@@ -53,6 +53,12 @@ def latest_finetune(entry: str) -> Path:
     if not done:
         raise InputError(f"{entry_folder(entry)} holds no finished finetune-K; run `make finetune`")
     return done[-1]
+
+
+def unfinished_after(finetune: Path) -> Path | None:
+    """The finetune-K of the highest K above that of a finished one, if there is any."""
+    last = _in_order(finetune.parent.glob("finetune-*"))[-1]
+    return None if last == finetune else last
 
 
 def numbered(folder: Path, kind: str) -> list[Path]:
@@ -200,6 +206,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in ("provenance.json", *(("plan.json", "checkpoint.pt") if anew else ())):
                 (self.folder / name).unlink(missing_ok=True)
+        barrier()  # no process sees what is forgotten
 
     def finish(self, **results: Any) -> None:
         """Write provenance.json: its existence means that the folder is complete."""

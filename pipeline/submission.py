@@ -15,9 +15,9 @@ import torch
 from pipeline import InputError, classifiers, encoders, organizers, packed
 from pipeline.checkpoint import load_tensors, save_torch
 from pipeline.classifiers import load_classifier
-from pipeline.config import Submit
 from pipeline.inference import predict_split
 from pipeline.manifest import Contest, Manifest, read_manifest
+from pipeline.recipe import Submit
 from pipeline.runs import sha256, write_json
 
 TOLERANCE = 0.1  # points between the submission's score and the fine-tuned model's own

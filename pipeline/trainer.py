@@ -249,7 +249,8 @@ class Trainer:
                 if stop:
                     say(f"stopped after step {done:,}; the same command goes on from there")
                     raise SystemExit(128 + (self._stop or signal.SIGTERM))
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # end_training would end the processes' group too
+            tracker.finish()
         return self.history
 
     def _log(self, step: int, values: dict[str, float]) -> None:

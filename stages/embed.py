@@ -11,10 +11,10 @@ from typing import Any
 
 from pipeline import config, runs
 from pipeline.checkpoint import load_tensors
-from pipeline.config import Recipe
 from pipeline.encoders import build_encoder, features
 from pipeline.inference import predict_split
 from pipeline.manifest import load_contest
+from pipeline.recipe import Recipe
 from pipeline.trainer import make_accelerator
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import config, runs
-from pipeline.config import Recipe
 from pipeline.figures import BLUE, GREEN, RED, Tile, image_rows
 from pipeline.manifest import Contest, Manifest, hold_out, load_contest
 from pipeline.metrics import expected_calibration_error, fit_linear, knn_scores, predictions, top_k
 from pipeline.neighbours import search
+from pipeline.recipe import Recipe
 
 _ROWS = 10  # of the picture
 Floats = npt.NDArray[np.float32]

@@ -15,7 +15,6 @@ import torch
 
 from pipeline import InputError, config, runs
 from pipeline.classifiers import Classifier, build_head, freeze, probe, save_classifier
-from pipeline.config import Recipe
 from pipeline.distributed import barrier
 from pipeline.encoders import features
 from pipeline.finetuning import finetuner, initial_encoder, report
@@ -27,6 +26,7 @@ from pipeline.manifest import (
     training_set,
     write_manifest,
 )
+from pipeline.recipe import Recipe
 from pipeline.trainer import make_accelerator
 
 
@@ -48,7 +48,12 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
         elif name == "train":
             files.append(runs.require(contest.folder / "train.csv", "make data"))
         else:
-            files.append(runs.require(Path(name), "a CSV of split,index,label"))
+            files.append(Path(name))
+            if not files[-1].is_file():
+                raise InputError(
+                    f"finetune: {name} is not there; among manifests train, requested, pseudo and "
+                    f"CSV files of split,index,label are expected"
+                )
     return files
 
 
@@ -67,11 +72,12 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
         pretrained = finished.with_name("encoder.safetensors")
         inputs.append(pretrained)
+    elif c.init == "outside" and c.weights is not None and Path(c.weights).is_file():
+        inputs.append(Path(c.weights))
     facts = runs.Run.of(folder, plain, ("encoder", "finetune"), inputs)
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
-    facts.begin(anew=force)
     accelerator = make_accelerator(c.precision, folder)
     train, held = training_set(files, c.fraction, c.per_class, c.holdout, recipe.seed)
     runs.say(
@@ -94,6 +100,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     freeze(encoder, c.train, c.blocks)
     seen = contest.manifest("val").usable() if c.monitor == "val" else held
     trainer = finetuner(recipe, contest, classifier, accelerator, facts, train, seen, size)
+    facts.begin(anew=force)  # everything is in order: what was finished here no longer is
     plan = trainer.plan(c, len(train), resolutions)
     history = trainer.fit(plan, "finetune")
     final = trainer.module.final()  # type: ignore[operator]

@@ -5,15 +5,17 @@ Reads the answer (an int64 tensor in the request's order, or a CSV of N.png,labe
 runs/ENTRY/label_request/request_NN.csv; writes data_manifests/CONTEST/requested-K.csv.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline import InputError, config, runs
 from pipeline.answers import read_answer, read_request
-from pipeline.config import Recipe
 from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
+from pipeline.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     request = request or entry / "label_request" / f"request_{recipe.label_request.team}.csv"
     runs.require(request, "make label-request")
     indices = read_request(request, contest.images("unlabeled"))
+    _check_request(request, indices)
     labels = read_answer(answer, request, indices, contest.classes)
     for file, manifest in earlier.items():
         both = indices[np.isin(indices, manifest.index[manifest.split == "unlabeled"])]
@@ -60,6 +63,20 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     runs.say(f"{len(labels):,} labels of {classes:,} of the {contest.classes:,} classes")
     runs.say(f"wrote {out}; next: make finetune")
     return out
+
+
+def _check_request(request: Path, indices: npt.NDArray[np.int64]) -> None:
+    """Raise InputError where a request is not the one that label-request wrote there."""
+    made = request.with_name("request.json")
+    if not made.is_file():
+        return
+    facts = runs.read_json(made, "make label-request")
+    digest = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+    if facts["file"] == request.name and facts["indices_sha256"] != digest:
+        raise InputError(
+            f"{request} was changed since label-request wrote it; the answer's order would be "
+            f"another one (`make label-request ARGS=--force` asks anew)"
+        )
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import config, runs
+from pipeline import InputError, config, runs
 from pipeline.answers import read_request, write_request
-from pipeline.config import Recipe
 from pipeline.figures import BLUE, Tile, image_rows
 from pipeline.manifest import Contest, load_contest, read_manifest
 from pipeline.neighbours import search
+from pipeline.recipe import Recipe
 from pipeline.selection import Candidates, Request, choose, eligible
 
 _ROWS, _AROUND = 12, 9  # of the contact sheet
@@ -51,10 +51,15 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
             f"{file} was answered by {by} (--force asks for other images); next: make finetune"
         )
         return
-    facts.begin()
+    if not force and file.is_file():
+        raise InputError(
+            f"{file} has no answer yet, and would be another request by now; import its answer, "
+            f"or replace it with --force"
+        )
     candidates = _candidates(contest, files, answered)
     runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
     request = choose(strategy, candidates, c.budget, recipe.seed)
+    facts.begin()
     _draw(facts.folder / "contact_sheet.png", contest, candidates, request, recipe)
     digest = hashlib.sha256(request.indices.astype("<i8").tobytes()).hexdigest()
     made = plain["label_request"] | {"seed": recipe.seed, "indices_sha256": digest}

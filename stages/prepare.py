@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import InputError, config, preparation, runs
-from pipeline.config import Data, Recipe
 from pipeline.contest_layout import Layout, read_layout, report
 from pipeline.manifest import PREPARED, Manifest, read_manifest, write_manifest
+from pipeline.recipe import Data, Recipe
 
 
 @dataclass(frozen=True)

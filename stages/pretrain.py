@@ -17,7 +17,6 @@ import torch
 
 from pipeline import InputError, config, runs
 from pipeline.checkpoint import save_tensors
-from pipeline.config import Recipe
 from pipeline.distributed import synchronize_batch_norm
 from pipeline.encoders import features
 from pipeline.feed import Feed
@@ -27,6 +26,7 @@ from pipeline.manifest import Contest, choose_labels, load_contest
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
 from pipeline.packed import Pool
+from pipeline.recipe import Recipe
 from pipeline.trainer import Trainer, make_accelerator
 
 
@@ -45,7 +45,6 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return
-    facts.begin(anew=force)
     if contest.rehearsal and "val" in c.splits:
         raise InputError(
             "pretrain: val is among the splits, but in a rehearsal it stands for the secret test"
@@ -77,6 +76,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         evaluate=_knn(recipe, contest, encoder) if "train" in contest.splits else None,
         evals=c.knn_evals,
     )
+    facts.begin(anew=force)  # everything is in order: what was finished here no longer is
     plan = trainer.plan(c, len(pool), c.resolutions)
     shares = ", ".join(
         f"{n:,} at {r} px" for r, n in zip(plan.resolutions, plan.steps, strict=True)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from pipeline import InputError, config, runs
-from pipeline.config import Recipe
 from pipeline.distributed import barrier, rank
 from pipeline.figures import coverage
 from pipeline.finetuning import logits_of
@@ -26,6 +25,8 @@ from pipeline.manifest import (
 )
 from pipeline.metrics import predictions
 from pipeline.pseudo_labels import apply, summary
+from pipeline.recipe import Recipe
+from pipeline.selection import eligible
 from pipeline.trainer import make_accelerator
 from stages import finetune
 
@@ -84,8 +85,11 @@ def _label(
     """Write pseudo-K.csv, its picture and, last, its record."""
     latest = runs.latest_finetune(entry.name)
     images = contest.manifest("unlabeled").usable()
+    digests = contest.manifest("train").usable().sha256
     for file in runs.numbered(contest.folder, "requested"):
-        images = images.take(~np.isin(images.index, read_manifest(file).index))
+        known = np.isin(images.index, read_manifest(file).index)
+        digests = np.concatenate([digests, images.sha256[known]])
+    images = images.take(np.isin(images.index, eligible(images.index, images.sha256, digests)))
     apart, what = _apart(contest, latest)
     runs.say(f"labeling {len(images):,} images by {latest} …")
     logits, logits_apart = (logits_of(latest, m, contest.classes) for m in (images, apart))

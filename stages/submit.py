@@ -5,6 +5,7 @@ Reads runs/ENTRY/finetune-K, the contest's val images and data/CONTEST/TEST.npy;
 submissions/ENTRY/{submission.py, model.pth, predictions.csv, card.json}, the card last.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +13,8 @@ from typing import Any
 
 from pipeline import InputError, config, runs, submission
 from pipeline.checkpoint import load_tensors
-from pipeline.config import Recipe
 from pipeline.manifest import Contest, load_contest
+from pipeline.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class Options:
 def _made_with(plain: dict[str, Any], entry: str, tuned: dict[str, Any]) -> dict[str, Any]:
     """The recipe that the weights were made with, whatever its other sections say by now."""
     made: dict[str, Any] = plain | tuned["recipe"] | {"pretrain": None}
+    for name in map(Path, tuned["inputs"]):  # the labels that it was trained on
+        if name.name.startswith("pseudo-") and name.with_suffix(".json").is_file():
+            record = runs.read_json(name.with_suffix(".json"), "make pseudo-label")
+            made["pseudo_label"] = record["recipe"]["pseudo_label"]
+        request = runs.entry_folder(entry) / "label_request" / "request.json"
+        if name.name.startswith("requested-") and request.is_file():
+            record = runs.read_json(request, "make label-request")
+            made["label_request"] = {k: record.get(k) for k in plain["label_request"]}
     if made["finetune"]["init"] == "pretrained":
         file = runs.entry_folder(entry) / "pretrain" / "provenance.json"
         ours = runs.read_json(file, "make pretrain")["recipe"]
@@ -58,7 +67,11 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
     test = _test_split(recipe, contest)
+    if k is None and (unfinished := runs.unfinished_after(finetune)):
+        runs.say(f"submitting {finetune}; {unfinished} is newer, but unfinished")
     folder.parent.mkdir(exist_ok=True)
+    for left in folder.parent.glob(f".{entry}.*"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(prefix=f".{entry}.", dir=folder.parent) as temporary:
         aside = Path(temporary)
         submission.write_program(aside, weights, contest.size, recipe.submit)
@@ -78,7 +91,9 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
             "rehearsal": contest.rehearsal,
             "labels": labels,
             "predictions": {"split": test, "unreadable": unread} if test else None,
-            "finetune": {"folder": str(finetune), "commit": tuned["commit"]} | tuned["results"],
+            "finetune": {"folder": str(finetune), "commit": tuned["commit"]}
+            | tuned["results"]
+            | {"inputs": tuned["inputs"]},
         }
         submission.publish(aside, folder, card | facts | runs.stamp())
     runs.say(f"{checked.split} top-1 as the organizers score it: {checked.score:.2f} %")

@@ -20,6 +20,7 @@ from pipeline.encoders import build_encoder
 from pipeline.inference import predict_split
 from pipeline.manifest import Contest, load_contest, write_manifest
 from pipeline.packed import Form, decode, to_rgb
+from pipeline.recipe import Recipe, Submit
 from pipeline.views import WHOLE, Views, uniforms
 from stages import submit
 from tests.conftest import draw
@@ -28,7 +29,7 @@ NASTY = "Robert'); \"\"\" {team_id!r} \\ \n#''' Ünïcode"
 ARGV = ["--entry=tried", "--data.contest=tiny", "--finetune.init=scratch"]
 
 
-def parsed(*argv: str) -> tuple[config.Recipe, dict[str, Any]]:
+def parsed(*argv: str) -> tuple[Recipe, dict[str, Any]]:
     recipe, _, plain = config.parse(submit.__doc__, submit.Options, [*ARGV, *argv])
     return recipe, plain
 
@@ -180,7 +181,7 @@ def test_nothing_is_done_twice(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_nasty_team_name_is_only_a_name(contest: Contest, tmp_path: Path) -> None:
     finetune = finetuned(contest)
-    team = config.Submit(team_id=7, team_name=NASTY, email_address="o'neil@example.org")
+    team = Submit(team_id=7, team_name=NASTY, email_address="o'neil@example.org")
     submission.write_program(tmp_path, finetune / "classifier.safetensors", contest.size, team)
     program = load_program(tmp_path / "submission.py")
     assert (program.team_id, program.team_name) == (7, NASTY)
@@ -196,7 +197,7 @@ def transform(folder: Path, resolution: int, image: Image.Image) -> torch.Tensor
     encoder = {"name": "test_resnet", "stem": "imagenet", "options": {}}
     head = {"kind": "mlp", "features": 96, "classes": 4}
     metadata = {"encoder": encoder, "head": head, "resolution": resolution}
-    text = submission.program(metadata | {"mean": MEAN, "std": STD}, (32, 32), config.Submit())
+    text = submission.program(metadata | {"mean": MEAN, "std": STD}, (32, 32), Submit())
     (folder / "submission.py").write_text(text, encoding="utf-8")
     return load_program(folder / "submission.py").eval_transform(image)
 
