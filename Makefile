@@ -59,7 +59,7 @@ submit: .venv/.installed ## Write and check the submission
 	$(VENV) python -m stages.submit $(recipe) $(ARGS)
 
 rehearse: .venv/.installed ## Make a contest of classified images (SOURCE=folder, cifar10, stl10, … OUT=contests/NAME)
-	$(VENV) python -m stages.rehearse make --source "$(SOURCE)" --out "$(or $(OUT),contests/$(notdir $(SOURCE:/=)))" $(ARGS)
+	$(VENV) python -m stages.rehearse make --source "$(or $(SOURCE),$(error SOURCE= is missing, as in: make rehearse SOURCE=cifar10))" --out "$(or $(OUT),contests/$(notdir $(SOURCE:/=)))" $(ARGS)
 
 bench: .venv/.installed-bench ## Measure against the peers (NAME=one benchmark)
 	$(VENV) python -m benchmarks $(NAME) $(ARGS)

@@ -59,6 +59,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         )
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with replacing(path) as aside:
+        aside.touch()  # with the permissions of other files
         save_file(plain, aside, {"json": json.dumps(metadata)})
 
 

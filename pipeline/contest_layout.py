@@ -3,11 +3,11 @@
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -78,8 +78,10 @@ class Layout:
         return [(name, is_folder) for name, is_folder, *_ in found]
 
 
-def read_layout(root: Path) -> Layout:
+def read_layout(root: Path, classes: int | None = None) -> Layout:
     """The contest in `root`, in its own layout or as an image folder.
+
+    The number of `classes` of a contest is taken from the labels of train where it is not given.
 
     Raises InputError where it is neither; what is wrong with single files is in `defects`.
     """
@@ -89,7 +91,7 @@ def read_layout(root: Path) -> Layout:
             f"folder (train/CLASS/*) is expected"
         )
     if any(root.glob("*_label_tensor.pt")) or not _folders(root / "train"):
-        layout = _read_contest(Layout(root, "contest"))
+        layout = _read_contest(Layout(root, "contest"), classes)
     else:
         layout = _read_folder(Layout(root, "folder"))
     for split in layout.splits.values():
@@ -103,7 +105,7 @@ def _folders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _read_contest(layout: Layout) -> Layout:
+def _read_contest(layout: Layout, classes: int | None) -> Layout:
     for name in SPLITS:
         if (layout.root / name).is_dir():
             split = layout.splits[name] = Split(name)
@@ -115,26 +117,44 @@ def _read_contest(layout: Layout) -> Layout:
             read = _read_labels(layout, layout.splits[name])
             if read is not None:
                 labels[name] = read
-    known = np.unique(np.concatenate(list(labels.values()))) if labels else np.empty(0, np.int64)
-    layout.classes = len(known[known >= 0])
+    layout.classes = _count_classes(list(labels.values())) if classes is None else classes
     for name, values in labels.items():
         wrong = np.flatnonzero((values < 0) | (values >= layout.classes))
         if len(wrong):
             reason = (
                 f"entry {wrong[0]} is {values[wrong[0]]}, where 0 to {layout.classes - 1} is "
-                f"expected: {layout.classes} labels are in use ({len(wrong)} such entries)"
+                f"expected ({len(wrong)} such entries; data.classes states another number)"
             )
             layout.defects.append(Defect(f"{name}_label_tensor.pt", reason, skippable=False))
         layout.splits[name].labels = values
     return layout
 
 
+def _count_classes(labels: list[Integers]) -> int:
+    """One more than the highest label of the first of these arrays, or of all where that is odd.
+
+    A few numbers may be unused; a label is odd where more than half of those below it are.
+    """
+
+    def dense(values: Integers) -> int:
+        used = np.unique(values[values >= 0])
+        fine = used[2 * np.arange(1, len(used) + 1) > used + 1]
+        return int(fine[-1]) + 1 if len(fine) else 0
+
+    if not labels:
+        return 0
+    count = dense(labels[0])
+    odd = len(labels[0]) and labels[0].max() >= count
+    return max(count, dense(np.concatenate(labels))) if odd else count
+
+
 def _number(layout: Layout, split: Split) -> None:
     """Put the files N.png of a contest's split in the order of N, and find the gaps."""
-    numbered = []
+    numbered, odd = [], set[int]()
     for name, is_folder in layout.scan(split.name):
         match = _NUMBER.fullmatch(name)
         if is_folder:
+            odd.update([int(match[1])] if match else [])
             reason = "is a folder; images N.png are expected"
         elif not match:
             reason = "is misnumbered; the name N.png, without leading zeros, is expected"
@@ -149,17 +169,18 @@ def _number(layout: Layout, split: Split) -> None:
         layout.defects.append(Defect(file, reason))
     numbered = [pair for pair in numbered if pair[0] < limit]
     split.index, split.files = [n for n, _ in numbered], [f for _, f in numbered]
-    _count(layout, split, split.index[-1] + 1 if numbered else 0, "missing")
+    _count(layout, split, split.index[-1] + 1 if numbered else 0, "missing", odd)
 
 
-def _count(layout: Layout, split: Split, images: int, reason: str) -> None:
-    """The split has `images` images, 0.png on: those that are not there are missing."""
+def _count(
+    layout: Layout, split: Split, images: int, reason: str, odd: Collection[int] = ()
+) -> None:
+    """The split has `images` images, 0.png on: those that are not there are missing; of `odd` ones
+    it was said what they are.
+    """
     missing = sorted(set(range(split.images, images)) - set(split.index))
     split.images, split.missing = images, split.missing + missing
-    for _, group in groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
-        gap = [n for _, n in group]
-        last = f" to {gap[-1]}.png ({len(gap)} files)" if len(gap) > 1 else ""
-        layout.defects.append(Defect(f"{split.name}/{gap[0]}.png{last}", reason))
+    layout.defects += [Defect(f"{split.name}/{n}.png", reason) for n in missing if n not in odd]
 
 
 def _read_labels(layout: Layout, split: Split) -> Integers | None:
@@ -234,10 +255,28 @@ def _add_folder(layout: Layout, name: str, folder: str) -> None:
     layout.splits[name] = split
 
 
+def _lines(defects: Sequence[Defect]) -> list[str]:
+    """A line for each defect; images that are missing one after the other share theirs."""
+    lines = []
+
+    def place(pair: tuple[int, Defect]) -> tuple[Any, ...]:
+        k, (file, reason, _) = pair
+        split, _, name = file.rpartition("/")
+        number = _NUMBER.fullmatch(name)
+        gap = number and reason.startswith("missing")
+        return (split, reason, int(number[1]) - k) if number and gap else (k,)
+
+    for _, group in groupby(enumerate(defects), place):
+        own = [defect for _, defect in group]
+        last = f" to {own[-1].file.rpartition('/')[2]} ({len(own):,} files)"
+        lines.append(f"{own[0].file}{last if len(own) > 1 else ''}: {own[0].reason}")
+    return lines
+
+
 def report(defects: Sequence[Defect], everything: Path) -> InputError:
     """One error that lists what is wrong; the whole list goes to a file where it is long."""
-    lines = [f"{d.file}: {d.reason}" for d in defects]
-    head = f"{len(lines)} {'file is' if len(lines) == 1 else 'files are'} unusable"
+    head = f"{len(defects):,} {'file is' if len(defects) == 1 else 'files are'} unusable"
+    lines = _lines(defects)
     if len(lines) > _SHOWN:
         everything.parent.mkdir(parents=True, exist_ok=True)
         everything.write_text("\n".join(lines) + "\n")

@@ -27,6 +27,7 @@ from pipeline.progress import Advance
 
 Pixels = npt.NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
+_PNG, _PNG_END = b"\x89PNG\r\n", b"IEND\xaeB`\x82"
 _TASK = 64  # images that a worker packs before it reports
 
 
@@ -244,7 +245,9 @@ def decode(data: bytes, file: str, form: Form) -> Image.Image:
                     f"{form.max_pixels:,}"
                 )
             image.load()
-            rgb = image if image.mode == "RGB" else to_rgb(image)
+            if data.startswith(_PNG) and _PNG_END not in data:  # which Pillow does without
+                raise _Unusable("is truncated or damaged (it has no end)")
+            rgb = image if image.mode == "RGB" else image.convert("RGB")  # as the organizers do
     except UnidentifiedImageError:
         raise _Unusable(f"is no image ({', '.join(FORMATS)} are read)") from None
     except _Unusable:
@@ -262,17 +265,9 @@ def decode(data: bytes, file: str, form: Form) -> Image.Image:
 
 
 def _open(data: bytes) -> Image.Image:
-    if data.startswith(b"\x89PNG\r\n"):
+    if data.startswith(_PNG):
         return PngImageFile(BytesIO(data))  # without asking who can read it: 2 % of the time
     return Image.open(BytesIO(data), formats=FORMATS)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any image as RGB: alpha is dropped, 16 bits become the upper 8 (Pillow would clip them)."""
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).clip(0, 65_535) >> 8
-        image = Image.fromarray(wide.astype(np.uint8))
-    return image.convert("RGB")
 
 
 def read_size(file: Path) -> tuple[int, int] | None:

@@ -114,6 +114,7 @@ def asked_for(layout: Layout, data: Data) -> dict[str, Any]:
         "fingerprint": layout.fingerprint.hexdigest(),
         "rehearsal": is_rehearsal(layout, data),
         "size": data.size,
+        "classes": data.classes,
         "max_pixels": data.max_pixels,
         "keep_duplicates": data.keep_duplicates,
     }

@@ -54,6 +54,8 @@ class Data:
     """The contest's folder (SPLIT/N.png, SPLIT_label_tensor.pt) or a folder of SPLIT/CLASS/*."""
     size: int | None = None
     """Resize every image to this many pixels square; null expects them all of one size."""
+    classes: int | None = None
+    """Number of classes of a contest; null takes it from the labels of train."""
     keep_duplicates: bool = False
     """Keep unlabeled images whose bytes are also in val or test."""
     max_pixels: int = 50_000_000

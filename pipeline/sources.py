@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline import InputError
-from pipeline.packed import FORMATS, to_rgb
+from pipeline.packed import FORMATS
 
 Opener = Callable[[], Image.Image]
 _HELD = ("val", "test")
@@ -91,7 +91,7 @@ def _openers(files: Iterable[Iterable[Path]]) -> list[list[Opener]]:
 def _open(file: Path) -> Image.Image:
     try:
         with Image.open(file, formats=FORMATS) as image:
-            return to_rgb(image)
+            return image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise InputError(f"{file} is no readable image ({error})") from None
 

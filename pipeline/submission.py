@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline import InputError, classifiers, encoders, organizers, packed
+from pipeline import InputError, classifiers, encoders, organizers
 from pipeline.checkpoint import load_tensors, save_torch
 from pipeline.classifiers import load_classifier
 from pipeline.inference import predict_split
@@ -43,8 +43,6 @@ email_address = {email_address!r}
 
 {classifier}
 
-{to_rgb}
-
 def get_model() -> nn.Module:
     """The classifier, randomly initialized; maps [b, 3, h, w] to logits [b, {classes}]."""
     encoder = build_encoder({name!r}, {stem!r}, **{options!r})
@@ -53,7 +51,7 @@ def get_model() -> nn.Module:
 
 def eval_transform(image: Image.Image) -> Tensor:
     """A PIL image of any size and mode as the model wants it, [3, {resolution}, {resolution}]."""
-    image = to_rgb(image)
+    image = image.convert("RGB")
     if image.size != ({width}, {height}):  # as the images were packed
         image = image.resize(({width}, {height}), Image.Resampling.BICUBIC)
     x = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
@@ -80,7 +78,6 @@ def program(metadata: dict[str, Any], size: tuple[int, int], team: Submit) -> st
         encoders=inspect.getsource(encoders),
         build_head=inspect.getsource(classifiers.build_head),
         classifier=inspect.getsource(classifiers.Classifier),
-        to_rgb=inspect.getsource(packed.to_rgb),
         name=metadata["encoder"]["name"],
         stem=metadata["encoder"]["stem"],
         options=metadata["encoder"]["options"],

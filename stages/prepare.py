@@ -28,7 +28,7 @@ class Options:
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False, skip_bad: bool = False) -> None:
     """Pack and describe the recipe's contest, unless that was done and nothing has changed."""
     data, folder = recipe.data, runs.contest_folder(recipe.data.contest)
-    layout = read_layout(_checked_root(data))
+    layout = read_layout(_checked_root(data), data.classes)
     asked = preparation.asked_for(layout, data)
     if not force and preparation.is_current(data.contest, asked, skip_bad):
         runs.say(f"{folder} is up to date (--force runs it anew)")
@@ -99,6 +99,10 @@ def _check_answers(folder: Path, manifests: dict[str, Manifest]) -> None:
 def _tell(
     contest: str, layout: Layout, manifests: dict[str, Manifest], duplicates: dict[str, Any]
 ) -> None:
+    if unused := sorted(set(range(layout.classes)) - set(layout.splits["train"].labels.tolist())):
+        runs.say(
+            f"train has no label of {len(unused):,} of {layout.classes:,} classes: {unused[:5]}"
+        )
     for split, manifest in manifests.items():
         runs.say(f"{split}: {len(manifest):,} images, {len(manifest.usable()):,} usable")
     for name, images in (duplicates["within"] | duplicates["across"]).items():

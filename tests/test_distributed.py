@@ -175,3 +175,17 @@ def test_a_batch_that_cannot_be_shared_is_refused(tiny_contest: Path, run_stage)
         wait=False,
     )
     assert "error: batch_size is 15 over 2 processes" in process.communicate(timeout=300)[1]
+
+
+@pytest.mark.dist
+def test_every_stage_that_trains_ends_well_on_two_processes(tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+    """What comes after training is done, and said, by one of them."""
+    options = ["--finetune.steps=2", "--finetune.batch_size=8", "--finetune.resolutions=[32]"]
+    for stage in ("pretrain", "embed", "finetune", "pseudo_label"):
+        launch = [*TORCHRUN, "--master_port", str(free_port()), "-m", f"stages.{stage}"]
+        out = run_stage(launch, "--entry=two", *STAGE, *options)
+        assert out.count("wrote ") == 1, out
+    done = [p.parent.name for p in Path("runs/two").glob("*/provenance.json")]
+    assert sorted(done) == ["embeddings", "finetune-0", "pretrain"]
+    assert Path("runs/two/finetune-0/classifier.safetensors").is_file()
+    assert Path("runs/two/pseudo-1.csv").is_file()

@@ -96,7 +96,8 @@ def test_odd_modes_become_rgb(root: Path):
     array = load_contest("tiny").packed("unlabeled")
     for n in range(3):
         assert np.array_equal(array[n], Image.open(folder / f"{n}.png").convert("RGB"))
-    assert np.array_equal(array[3, ..., 1], deep >> 8)
+    # sixteen bits are clipped to eight, as the organizers' program does before it scores
+    assert np.array_equal(array[3], Image.open(folder / "3.png").convert("RGB"))
 
 
 def test_images_are_resized_when_asked(root: Path):
@@ -152,7 +153,8 @@ def spoil(root: Path) -> dict[str, str]:
         "unlabeled/notes.txt": name,
         "unlabeled/99999999.png": "is misnumbered; the split has only 12 images",
         "unlabeled/2.png": "missing",
-        "train/5.png to 6.png (2 files)": "missing",
+        "train/5.png": "missing",
+        "train/6.png": "missing",
         "unlabeled/1.png": "is truncated or damaged (image file is truncated",
         "unlabeled/3.png": "is empty",
         "unlabeled/4.png": "is no image (PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM are read)",
@@ -163,8 +165,11 @@ def spoil(root: Path) -> dict[str, str]:
 def test_every_bad_image_is_in_one_report(root: Path):
     reasons = spoil(root)
     lines = refusal(root).split("\n")
-    assert lines[0] == "10 files are unusable"
+    assert lines[0] == "11 files are unusable"
     assert lines[-1] == "mend them, or go on without them: --skip-bad"
+    del reasons["train/6.png"], reasons["train/5.png"]
+    assert "  train/5.png to 6.png (2 files): missing" in lines
+    lines.remove("  train/5.png to 6.png (2 files): missing")
     for line, (file, reason) in zip(lines[1:-1], reasons.items(), strict=True):
         assert line.startswith(f"  {file}: {reason}")
 
@@ -184,10 +189,10 @@ def test_skip_bad_goes_on_and_says_so(root: Path, capsys: pytest.CaptureFixture)
     assert contest.labels("train").tolist() == [n % 4 for n in range(8)]
     pixels = array[contest.usable("unlabeled")].reshape(-1, 3) / 255
     assert np.allclose(contest.mean, pixels.mean(0), rtol=1e-12)
-    assert "skipped as unusable: 10 (contest.json lists them)" in capsys.readouterr().out
+    assert "skipped as unusable: 11 (contest.json lists them)" in capsys.readouterr().out
     run(root, skip_bad=True)
     assert "is up to date" in capsys.readouterr().out
-    with pytest.raises(InputError, match="10 files are unusable"):
+    with pytest.raises(InputError, match="11 files are unusable"):
         run(root)
 
 
@@ -201,11 +206,11 @@ def test_skip_bad_goes_on_and_says_so(root: Path, capsys: pytest.CaptureFixture)
         ({"labels": torch.arange(8)}, "holds a dict; one int64 label for each of 8 images"),
         (
             torch.tensor([0, 1, -1, 3, 0, 1, 2, 3]),
-            "entry 2 is -1, where 0 to 3 is expected: 4 labels are in use (1 such entries)",
+            "entry 2 is -1, where 0 to 3 is expected (1 such entries; data.classes states",
         ),
         (
             torch.tensor([0, 1, 2, 9, 0, 1, 2, 9]),
-            "entry 3 is 9, where 0 to 4 is expected: 5 labels are in use (2 such entries)",
+            "entry 3 is 9, where 0 to 3 is expected (2 such entries; data.classes states",
         ),
     ],
 )
@@ -218,12 +223,32 @@ def test_a_bad_label_file_is_reported_and_never_skipped(root: Path, labels: obje
         assert lines[2] == "mend them; --skip-bad does not go on without train_label_tensor.pt"
 
 
+def labels_of(root: Path, train: list[int], val: list[int]) -> None:
+    torch.save(torch.tensor(train), root / "train_label_tensor.pt")
+    torch.save(torch.tensor(val), root / "val_label_tensor.pt")
+
+
+def test_a_class_may_have_no_label(root: Path, capsys: pytest.CaptureFixture[str]):
+    labels_of(root, [0, 1, 3, 4, 0, 1, 3, 4], [0, 1, 2, 3, 4, 4, 0, 0])
+    run(root)
+    assert load_contest("tiny").classes == 5
+    assert "train has no label of 1 of 5 classes" in capsys.readouterr().out
+
+
+def test_val_has_no_classes_beyond_those_of_train(root: Path):
+    labels_of(root, [0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 0, 0, 0])
+    line = refusal(root).split("\n")[1]
+    assert line.startswith("  val_label_tensor.pt: entry 4 is 4, where 0 to 3 is expected")
+    run(root, "--data.classes", "5")
+    assert load_contest("tiny").classes == 5
+
+
 def test_images_missing_at_the_end_are_seen_by_their_labels(root: Path):
     for n in (6, 7):
         (root / "train" / f"{n}.png").unlink()
     lines = refusal(root).split("\n")
     reason = "missing, as train_label_tensor.pt has 8 entries"
-    assert lines[1] == f"  train/6.png to 7.png (2 files): {reason}"
+    assert lines[:2] == ["2 files are unusable", f"  train/6.png to 7.png (2 files): {reason}"]
     run(root, skip_bad=True)
     assert load_contest("tiny").usable("train").tolist() == [0, 1, 2, 3, 4, 5]
     assert load_contest("tiny").images("train") == 8

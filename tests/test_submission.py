@@ -19,7 +19,7 @@ from pipeline.classifiers import Classifier, build_head, probe, save_classifier
 from pipeline.encoders import build_encoder
 from pipeline.inference import predict_split
 from pipeline.manifest import Contest, load_contest, write_manifest
-from pipeline.packed import Form, decode, to_rgb
+from pipeline.packed import Form, decode
 from pipeline.recipe import Recipe, Submit
 from pipeline.views import WHOLE, Views, uniforms
 from stages import submit
@@ -221,7 +221,7 @@ def test_eval_transform_is_the_pipelines_preprocessing(
         image = image.convert(mode)
     ours = transform(tmp_path, resolution, image)
     assert ours.std() > 0.2
-    torch.testing.assert_close(ours, pipelines(to_rgb(image), resolution), rtol=0, atol=2e-4)
+    torch.testing.assert_close(ours, pipelines(image.convert("RGB"), resolution), rtol=0, atol=2e-4)
 
 
 def test_eval_transform_of_another_size_is_what_packing_makes_of_it(tmp_path: Path) -> None:
