@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import InputError, config
+from pipeline import InputError, config, runs
 from pipeline.checkpoint import load_tensors, load_torch
 from pipeline.classifiers import Classifier, Supervised, build_head, freeze, load_classifier
 from pipeline.encoders import build_encoder
@@ -211,6 +211,48 @@ def test_outside_weights_are_marked_as_transfer(tiny_contest: Path) -> None:
     options = ["--finetune.init=outside", "--finetune.weights=outside.pth", "--finetune.steps=2"]
     folder = run(*options, entry="o")
     assert load_tensors(folder / "classifier.safetensors")[1]["transfer"] is True
+    written = (folder / "provenance.json").stat().st_mtime_ns
+    run(*options, entry="o")
+    assert (folder / "provenance.json").stat().st_mtime_ns == written
+    torch.save(build_encoder("resnet10t").state_dict(), "outside.pth")
+    run(*options, entry="o")  # other weights are another result
+    assert (folder / "provenance.json").stat().st_mtime_ns != written
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("--finetune.schedule=plateau", "schedule 'plateau' has no held-out labels to look at"),
+        ("--finetune.manifests=[nope.csv]", "finetune: nope.csv is not there; among manifests"),
+        ("--finetune.eval_resolution=1", "too small"),
+    ],
+)
+def test_a_refused_command_leaves_what_is_finished(
+    pretrained: Path, option: str, reason: str
+) -> None:
+    folder = run("--finetune.steps=2", "--finetune.holdout=0")
+    with pytest.raises(InputError, match=reason):
+        run("--finetune.steps=2", "--finetune.holdout=0", option, force=True)
+    assert (folder / "provenance.json").is_file()
+    assert runs.latest_finetune("f") == folder
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("label_smoothing=1.5", "label_smoothing is 1.5; from 0 to below 1 is expected"),
+        ("ema=1.5", "ema is 1.5; from 0 to below 1 is expected"),
+        ("batch_size=1", "batch_size is 1; 2 or more is expected"),
+        ("blocks=0", "blocks is 0; 1 or more is expected"),
+        ("evals=-1", "evals is -1; 0 or more is expected"),
+        ("per_class=0", "per_class is 0; 1 or more is expected"),
+    ],
+)
+def test_settings_out_of_range_are_refused(option: str, reason: str) -> None:
+    with pytest.raises(InputError, match=f"finetune: {reason}"):
+        config.parse("", argv=[f"--finetune.{option}"])
+    with pytest.raises(InputError, match="schedule 'plateau' looks at the evals"):
+        config.parse("", argv=["--finetune.evals=0", "--finetune.schedule=plateau"])
 
 
 def test_a_resumed_round_is_bit_identical(

@@ -102,6 +102,13 @@ def text(value: str) -> Callable[[Path], None]:
 
 HOLDS = "one int64 tensor in the order of the request is expected"
 BAD = {
+    "sparse": (
+        "a.pt",
+        lambda path: torch.save(torch.tensor([1, 0, 3, 2]).to_sparse(), path),
+        f"a.pt holds int64 of shape [4]; {HOLDS}",
+    ),
+    "junk": ("a.pt", text("junk"), "a.pt: damaged, or not a file that torch.save wrote"),
+    "hello": ("a.pt", text("hello"), "a.pt: damaged, or not a file that torch.save wrote"),
     "short": ("a.pt", tensor(1, 0, 3), f"a.pt has 3 labels; {REQUEST} asks for 4, one each"),
     "long": ("a.pt", tensor(1, 0, 3, 2, 2), f"a.pt has 5 labels; {REQUEST} asks for 4, one each"),
     "high": ("a.pt", tensor(1, 0, 4, 2), "a.pt: row 3 (30.png) has label 4; 0 to 3 is expected"),

@@ -89,7 +89,25 @@ def test_a_request_is_made_once(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert file.stat().st_mtime_ns == written
     assert ask(force=True) == rows  # the same seed
     assert file.stat().st_mtime_ns != written
-    assert ask("--seed", "1") != rows
+    with pytest.raises(InputError, match="has no answer yet, and would be another request by now"):
+        ask("--seed", "1")
+    assert file.read_text().splitlines() == rows
+    assert ask("--seed", "1", force=True) != rows
+
+
+def test_a_request_that_was_changed_is_not_imported(here: Path) -> None:
+    rows = ask()
+    file = here / "runs/entry/label_request/request_00.csv"
+    file.write_text("\n".join(reversed(rows)))
+    torch.save(torch.zeros(8, dtype=torch.int64), "label_00.pt")
+    with pytest.raises(InputError, match="was changed since label-request wrote it"):
+        answer("label_00.pt")
+
+
+@pytest.mark.parametrize("team", ["../../x", "a b", ""])
+def test_a_team_is_no_path(team: str) -> None:
+    with pytest.raises(InputError, match=r"label_request: team is .*; letters, digits"):
+        config.parse("", argv=[f"--label_request.team={team}"])
 
 
 def test_an_answered_request_is_not_made_again(

@@ -154,6 +154,16 @@ def test_too_few_images_for_a_batch_are_one_clear_line(tiny_contest: Path) -> No
         run(*OPTIONS, "--pretrain.batch_size=145")
 
 
+def test_a_refused_command_leaves_what_is_finished(tiny_contest: Path) -> None:
+    options = [*OPTIONS, "--entry=kept", "--pretrain.steps=3"]
+    folder = run(*options)
+    before = sorted(p.name for p in folder.iterdir())
+    for refused in ("--pretrain.batch_size=100000", "--pretrain.splits=[nope]"):
+        with pytest.raises(InputError):
+            run(*options, refused, force=True)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
 def test_embeddings_are_of_unit_length_and_whole(tiny_contest: Path) -> None:
     import numpy as np
 

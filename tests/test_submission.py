@@ -157,6 +157,18 @@ def test_a_mismatch_is_refused_and_the_old_submission_kept() -> None:
 
 
 @pytest.mark.usefixtures("instant")
+def test_what_a_killed_run_left_is_cleared_and_an_unfinished_round_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    left = Path("submissions/.tried.killed")
+    left.mkdir(parents=True)
+    (runs.entry_folder("tried") / "finetune-7").mkdir()
+    folder = submit.run(*parsed())
+    assert list(Path("submissions").iterdir()) == [folder]
+    assert "finetune-7 is newer, but unfinished" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("instant")
 def test_a_first_mismatch_leaves_nothing() -> None:
     file = runs.latest_finetune("tried") / "logits" / "val.npy"
     np.save(file, np.roll(np.load(file), 1, axis=1))
