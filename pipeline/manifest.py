@@ -1,6 +1,7 @@
 """Read, check and write manifests; a training set is a list of manifests."""
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,7 +14,15 @@ from pipeline import InputError
 from pipeline.draws import choose_labels as choose_labels
 from pipeline.draws import hold_out as hold_out
 from pipeline.packed import Pool, open_packed
-from pipeline.runs import contest_folder, packed_file, read_json, replacing, require, sha256
+from pipeline.runs import (
+    contest_folder,
+    made_from_file,
+    packed_file,
+    read_json,
+    replacing,
+    require,
+    sha256,
+)
 from pipeline.tables import Column, read_table
 
 Integers = npt.NDArray[np.int64]
@@ -137,7 +146,7 @@ def _check_unique(path: Path, manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class Contest:
-    """A prepared contest, as contest.json states it."""
+    """A prepared contest, as contest.json states it; its `root` is this machine's."""
 
     name: str
     root: Path
@@ -231,13 +240,15 @@ def load_contest(name: str) -> Contest:
     path = contest_folder(name) / "contest.json"
     facts = read_json(path, f"make data ROOT=… CONTEST={name}")
     try:
-        values = {f.name: facts[f.name] for f in fields(Contest) if f.name != "name"}
+        stated = [f.name for f in fields(Contest) if f.name not in ("name", "root")]
+        values = {name: facts[name] for name in stated}
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{path} lacks {error}; `make data ROOT=… CONTEST={name} ARGS=--force` makes it anew"
         ) from None
-    root, size = Path(values.pop("root")), tuple(values.pop("size"))
-    return Contest(name=name, root=root, size=size, **values)
+    packed_from = made_from_file(name)
+    root = json.loads(packed_from.read_text())["asked"]["root"] if packed_from.is_file() else "ROOT"
+    return Contest(name=name, root=Path(root), size=tuple(values.pop("size")), **values)
 
 
 def training_set(

@@ -16,7 +16,7 @@ from pipeline.manifest import Manifest
 from pipeline.packed import Form, Packed, create, decoders, histogram, open_packed, pack, read_size
 from pipeline.progress import progress
 from pipeline.recipe import Data
-from pipeline.runs import contest_folder, packed_file, sha256, write_json
+from pipeline.runs import contest_folder, made_from_file, packed_file, sha256, write_json
 
 
 def pack_splits(
@@ -126,19 +126,15 @@ def is_rehearsal(layout: Layout, data: Data) -> bool:
     return data.rehearsal or oracle.is_file()
 
 
-def _note(contest: str) -> Path:
-    return packed_file(contest, "train").with_name("made_from.json")
-
-
 def remember(contest: str, asked: Mapping[str, Any]) -> None:
     """Note beside the arrays what they were made from, as it is on this machine alone."""
     made = {"asked": asked, "contest_sha256": sha256(contest_folder(contest) / "contest.json")}
-    write_json(_note(contest), made)
+    write_json(made_from_file(contest), made)
 
 
 def is_current(contest: str, asked: Mapping[str, Any], skip_bad: bool) -> bool:
     """Whether the contest was prepared from just this, without more skipped than is allowed."""
-    folder, note = contest_folder(contest), _note(contest)
+    folder, note = contest_folder(contest), made_from_file(contest)
     if not (folder / "contest.json").is_file() or not note.is_file():
         return False
     facts, made = json.loads((folder / "contest.json").read_text()), json.loads(note.read_text())

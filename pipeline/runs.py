@@ -32,6 +32,11 @@ def packed_file(contest: str, split: str) -> Path:
     return Path("data") / contest / f"{split}.npy"
 
 
+def made_from_file(contest: str) -> Path:
+    """data/CONTEST/made_from.json: what it was packed from, on this machine."""
+    return Path("data") / contest / "made_from.json"
+
+
 def entry_folder(entry: str) -> Path:
     """runs/ENTRY: everything that the stages of an entry write."""
     return Path("runs") / entry

@@ -54,7 +54,6 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False, skip_bad: bo
         folder / "contest.json",
         {
             "contest": data.contest,
-            "root": str(layout.root),
             "rehearsal": asked["rehearsal"],
             "layout": layout.kind,
             "size": [form.height, form.width],

@@ -223,6 +223,17 @@ def test_a_bad_label_file_is_reported_and_never_skipped(root: Path, labels: obje
         assert lines[2] == "mend them; --skip-bad does not go on without train_label_tensor.pt"
 
 
+def test_where_the_contest_lies_is_no_fact_of_it(root: Path):
+    """A contest that was moved, or named by another path, is the same: runs on it stay valid."""
+    run(root)
+    file = Path("data_manifests/tiny/contest.json")
+    before = file.read_bytes()
+    moved = root.rename("moved").resolve()
+    run(moved)
+    assert file.read_bytes() == before
+    assert load_contest("tiny").root == moved
+
+
 def labels_of(root: Path, train: list[int], val: list[int]) -> None:
     torch.save(torch.tensor(train), root / "train_label_tensor.pt")
     torch.save(torch.tensor(val), root / "val_label_tensor.pt")
