@@ -1,6 +1,7 @@
 """Read a recipe: a YAML file and what the command line changes in it."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,16 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from pipeline import InputError
 from pipeline.recipe import BUDGETS, Recipe
+
+_KINDS = {
+    "NoneType": "null",
+    "bool": "true or false",
+    "dict": "a mapping",
+    "float": "a number",
+    "int": "a whole number",
+    "list": "a list in brackets, as [48, 96],",
+    "str": "a text",
+}
 
 
 class Invocation(NamedTuple):
@@ -45,7 +56,7 @@ def parse(
         config = parser.parse_args(_replace_budgets(argv))
         made = parser.instantiate(config)
     except ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from None
+        raise InputError(_in_words(" ".join(str(error).split()))) from None
     plain = {k: v for k, v in config.as_dict().items() if k in Recipe.__dataclass_fields__}
     values = {k: getattr(made, k) for k in Recipe.__dataclass_fields__}
     if values["entry"] is None:
@@ -64,3 +75,13 @@ def _replace_budgets(argv: list[str]) -> list[str]:
         if given:
             extra += [f"{key}=null" for key in sorted(keys - given)]
     return argv + extra
+
+
+def _in_words(error: str) -> str:
+    """A parser's error without Python's names for things, where it is about a value's type."""
+    key, _, rest = error.removeprefix('Parser key "').partition('": ')
+    kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", rest)
+    if not kinds:
+        return error
+    expected = " or ".join(_KINDS.get(kind, kind) or f"one of {words}" for kind, words in kinds)
+    return f"{key} is {error.rpartition('alue: ')[2]}; {expected} is expected"

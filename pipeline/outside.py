@@ -47,12 +47,18 @@ class Outside:
     """Number of tensors that are not under the prefix (momentum encoder, optimizer, projector)."""
 
     def __str__(self) -> str:
+        return self.report()
+
+    def report(self, shown: int | None = None) -> str:
+        """One line for all, one for each key that does not fit: the first `shown` of them."""
         total = len(self.filled) + len(self.unfilled)
         lines = [f"{self.source}: {len(self.filled)} of the encoder's {total} tensors filled"]
         lines[0] += f", from {self.prefix!r}" if self.prefix else ""
         lines += [f"  left as it was: {line}" for line in self.unfilled]
         lines += [f"  not used: {key}" for key in self.unused]
         lines += [f"  not used: {self.elsewhere} tensors of other parts"] if self.elsewhere else []
+        if shown is not None and len(lines) > shown + 1:
+            lines[shown + 1 :] = [f"  … and {len(lines) - shown - 1} more"]
         return "\n".join(lines)
 
 
@@ -90,7 +96,7 @@ def load_outside(source: str, encoder: nn.Module) -> Outside:
     report = Outside(source, prefix, list(fits), unfilled, unused, len(given) - len(under))
     matrices = [k for k, v in own.items() if v.ndim > 1]  # vectors fit by chance
     if 2 * sum(k in fits for k in matrices) < len(matrices):
-        raise InputError(f"these weights do not fit the encoder\n{report}")
+        raise InputError(f"these weights do not fit the encoder\n{report.report(20)}")
     encoder.load_state_dict({k: given[key] for k, key in fits.items()}, strict=False)
     return report
 

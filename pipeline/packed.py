@@ -77,10 +77,6 @@ class Pool:
         return out
 
 
-class DifferentSizeError(InputError):
-    """An image is not of the size that the packed array has."""
-
-
 class _Unusable(Exception):
     """Why a file gives no pixels."""
 
@@ -90,7 +86,7 @@ class Form(NamedTuple):
 
     height: int
     width: int
-    like: str | None  # a file of that size, which every other must have; None resizes
+    resize: bool  # an image of another size is resized, or else refused
     max_pixels: int
 
     @property
@@ -177,8 +173,7 @@ def pack(
 ) -> Packed:
     """Decode `files` [n], in the folder `root`, in parallel, each into its row of the array `out`.
 
-    `create` made the array.  Raises DifferentSizeError at the first image of another size, where
-    `form` does not resize.
+    `create` made the array.
     """
     packed = Packed(np.zeros(len(files), "S64"), [], np.zeros((3, 256), np.int64))
     start = np.lib.format.open_memmap(out, "r").offset
@@ -199,11 +194,11 @@ def _pack_part(
     digests, reasons, good = [], [], list[int]()
     sheet = _sheet(form.width, form.height)
     for name, row in zip(files, rows, strict=True):
-        file, data, reason = f"{root}/{name}", b"", ""
+        data, reason = b"", ""
         try:
-            with FileIO(file) as source:
+            with FileIO(f"{root}/{name}") as source:
                 data = source.read()
-            sheet.paste(decode(data, file, form), (0, len(good) * form.height))
+            sheet.paste(decode(data, form), (0, len(good) * form.height))
             good.append(row)
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
@@ -233,7 +228,7 @@ def _sheet(width: int, height: int) -> Image.Image:
     return Image.new("RGB", (width, height * _TASK))
 
 
-def decode(data: bytes, file: str, form: Form) -> Image.Image:
+def decode(data: bytes, form: Form) -> Image.Image:
     """The RGB image in the bytes of a file, of the size that `form` states."""
     if not data:
         raise _Unusable("is empty")
@@ -256,10 +251,10 @@ def decode(data: bytes, file: str, form: Form) -> Image.Image:
         raise _Unusable(f"is truncated or damaged ({error})") from None
     if rgb.size == (form.width, form.height):
         return rgb
-    if form.like is not None:
-        raise DifferentSizeError(
-            f"{file} is {rgb.width} × {rgb.height}, {form.like} {form.width} × {form.height}: "
-            f"images of one size are expected; give --data.size PIXELS to resize them all"
+    if not form.resize:
+        raise _Unusable(
+            f"is {rgb.width} × {rgb.height}, where {form.width} × {form.height} is expected as of "
+            f"the others (--data.size PIXELS resizes them all)"
         )
     return rgb.resize((form.width, form.height), Image.Resampling.BICUBIC)
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,15 @@ from pipeline.progress import progress
 from pipeline.recipe import Data
 from pipeline.runs import contest_folder, made_from_file, packed_file, sha256, write_json
 
+_LOOKED_AT = 100  # images whose most common size is that of the contest
+
 
 def pack_splits(
     layout: Layout, out: Mapping[str, Path], data: Data
 ) -> tuple[Form, dict[str, Packed]]:
     """Pack every split into the array out[split], in the size asked for or the images' own.
 
-    Files that cannot be used are added to the layout's defects.  Raises InputError where images
-    differ in size and none was asked for.
+    Files that cannot be used are added to the layout's defects.
     """
     form = _form(layout, data.size, data.max_pixels)
     create({out[name]: split.images for name, split in layout.splits.items()}, form)
@@ -43,13 +46,12 @@ def pack_splits(
 
 def _form(layout: Layout, size: int | None, max_pixels: int) -> Form:
     if size is not None:
-        return Form(size, size, None, max_pixels)
-    for split in layout.splits.values():
-        for file in split.files:
-            found = read_size(layout.root / file)
-            if found and found[0] * found[1] <= max_pixels:
-                return Form(found[1], found[0], str(layout.root / file), max_pixels)
-    return Form(1, 1, "", max_pixels)  # no image can be read; packing says why
+        return Form(size, size, True, max_pixels)
+    files = (layout.root / f for split in layout.splits.values() for f in split.files)
+    sizes = (s for s in map(read_size, files) if s and s[0] * s[1] <= max_pixels)
+    found = Counter(islice(sizes, _LOOKED_AT)).most_common(1)
+    width, height = found[0][0] if found else (1, 1)  # no image can be read; packing says why
+    return Form(height, width, False, max_pixels)
 
 
 def make_manifests(
@@ -99,7 +101,7 @@ def mean_std(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
     for channel in counts.tolist():
         n = sum(channel)
         if not n:
-            raise InputError("no usable image is left to compute mean and deviation of")
+            raise InputError("no usable image is left; prepare without --skip-bad says why")
         total = sum(v * c for v, c in enumerate(channel))
         squares = sum(v * v * c for v, c in enumerate(channel))
         mean.append(total / (255 * n))

@@ -137,6 +137,9 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
         keys = [*new, *(k for k in old if k not in new)]
         pairs = [(old.get(k), new.get(k), f"{name}.{k}" if name else k) for k in keys]
         return [words for pair in pairs for words in differences(*pair)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        places = enumerate(zip(old, new, strict=True))
+        return [words for k, pair in places for words in differences(*pair, f"{name}[{k}]")]
     return [] if old == new else [f"{name.removeprefix('recipe.')} {old} → {new}"]
 
 

@@ -107,7 +107,8 @@ class Trainer:
         plan = plan_steps(config, images, resolutions, self._seconds)
         if self.accelerator.is_main_process:
             if self.checkpoint.is_file():
-                kept = self.folder / "checkpoint-before.pt"
+                older = len(list(self.folder.glob("checkpoint-*.pt")))
+                kept = self.folder / f"checkpoint-{older + 1}.pt"
                 self.checkpoint.replace(kept)
                 changed = "; ".join(differences(written["facts"], self.facts)[:5])
                 say(f"starting anew, as this changed: {changed}; the old checkpoint is now {kept}")
@@ -137,7 +138,10 @@ class Trainer:
         """Load the checkpoint of a run of the same facts; the step to go on from, 0 without one."""
         if not self.checkpoint.is_file():
             return 0
-        state = load_torch(self.checkpoint)
+        try:
+            state = load_torch(self.checkpoint)
+        except InputError as error:
+            raise InputError(f"{error}; --force starts anew without it") from None
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.plateau is not None:

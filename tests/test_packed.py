@@ -80,7 +80,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 def test_every_mode_becomes_what_pillow_makes_of_it(mode: str):
     image = Image.fromarray(images(1, 8, 8)[0]).convert(mode)
     data = encoded(image, "TIFF" if mode == "CMYK" else "PNG")
-    found = decode(data, "x", Form(8, 8, "x", 100))
+    found = decode(data, Form(8, 8, False, 100))
     assert found.mode == "RGB"
     assert np.array_equal(found, image.convert("RGB"))
 
@@ -89,12 +89,12 @@ def test_every_mode_becomes_what_pillow_makes_of_it(mode: str):
 def test_a_png_without_its_end_is_truncated(cut: int):
     data = encoded(Image.fromarray(images(1, 8, 8)[0]))
     with pytest.raises(Exception, match="is truncated or damaged"):
-        decode(data[:-cut], "x", Form(8, 8, "x", 100))
+        decode(data[:-cut], Form(8, 8, False, 100))
 
 
 def test_resizing_is_bicubic_as_the_organizers_do_it():
     image = Image.fromarray(images(1, 20, 30)[0])
-    found = decode(encoded(image), "x", Form(16, 12, None, 1000))
+    found = decode(encoded(image), Form(16, 12, True, 1000))
     assert np.array_equal(found, image.resize((12, 16), Image.Resampling.BICUBIC))
 
 

@@ -110,11 +110,17 @@ def test_images_are_resized_when_asked(root: Path):
 
 
 def test_images_of_two_sizes_need_a_size(root: Path):
-    picture(size=20).save(root / "train" / "3.png")
-    assert refusal(root) == (
-        "given/train/3.png is 20 × 20, given/unlabeled/0.png 16 × 16: images of one size are "
-        "expected; give --data.size PIXELS to resize them all"
-    )
+    for file in ("unlabeled/0.png", "train/3.png"):
+        picture(size=20).save(root / file)
+    (root / "train" / "4.png").write_bytes(b"")  # all of it in one report
+    reason = "is 20 × 20, where 16 × 16 is expected as of the others (--data.size PIXELS resizes"
+    lines = refusal(root).split("\n")
+    assert lines[0] == "3 files are unusable"
+    assert lines[1].startswith(f"  unlabeled/0.png: {reason}")
+    assert lines[2].startswith(f"  train/3.png: {reason}")
+    assert lines[3] == "  train/4.png: is empty"
+    run(root, skip_bad=True)
+    assert 0 not in load_contest("tiny").usable("unlabeled")
 
 
 def bomb(width: int, height: int) -> bytes:

@@ -201,6 +201,10 @@ def test_a_resolution_that_leaves_nothing_is_refused(tiny_contest: Path) -> None
             "pretrain: one of epochs, steps and minutes is expected as a budget",
         ),
         (["--pretrain.steps=-1"], "pretrain: steps is -1; above 0 is expected"),
+        (["--pretrain.epochs=x"], "pretrain.epochs is x; a number or null is expected"),
+        (["--pretrain.resolutions=48,64"], "pretrain.resolutions is 48,64; a list in brackets"),
+        (["--encoder.stem=x"], "encoder.stem is x; one of 'imagenet', 'low_stride', 'cifar' is"),
+        (["--pretrain.method.temperature=0"], "SimCLR: temperature is 0.0; above 0 is expected"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_one_clear_line(
@@ -225,7 +229,7 @@ def test_another_recipe_keeps_the_old_checkpoint(
     old = (folder / "checkpoint.pt").read_bytes()
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4")
     assert "as this changed: pretrain.steps 3 → 4; the old check" in capsys.readouterr().out
-    assert (folder / "checkpoint-before.pt").read_bytes() == old
+    assert (folder / "checkpoint-1.pt").read_bytes() == old
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4", force=True)
     assert "going on from" not in capsys.readouterr().out
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4", "--pretrain.checkpoint_minutes=9")

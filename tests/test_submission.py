@@ -239,7 +239,7 @@ def test_eval_transform_is_the_pipelines_preprocessing(
 def test_eval_transform_of_another_size_is_what_packing_makes_of_it(tmp_path: Path) -> None:
     file = tmp_path / "large.png"
     draw("cross", np.random.default_rng(0), 75).crop((0, 0, 75, 51)).save(file)
-    packed = decode(file.read_bytes(), str(file), Form(32, 32, None, 10**6))
+    packed = decode(file.read_bytes(), Form(32, 32, True, 10**6))
     ours = transform(tmp_path, 24, Image.open(file))
     torch.testing.assert_close(ours, pipelines(packed, 24), rtol=0, atol=2e-4)
 

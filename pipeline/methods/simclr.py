@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline import InputError
 from pipeline.encoders import features
 from pipeline.methods.base import Method
 
@@ -41,6 +42,8 @@ class SimCLR(Method):
             output: width of the projections.
         """
         super().__init__()
+        if temperature <= 0:
+            raise InputError(f"SimCLR: temperature is {temperature}; above 0 is expected")
         self.encoder, self.temperature = encoder, temperature
         width = features(encoder)
         hidden = hidden or width
