@@ -10,10 +10,10 @@ given = $(if $($(2)),--$(1) "$($(2))")
 STAGE = $(VENV) $(LAUNCH) -m
 
 .PHONY: help setup demo test lint type check data pretrain embed evaluate label-request \
-	import-labels pseudo-label finetune submit rehearse bench
+	import-labels pseudo-label finetune submit rehearse compare-methods bench
 
 help: ## List what can be made, in the order of use
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed ## Make .venv with everything that is needed (PYTHON=python3)
 
@@ -61,15 +61,14 @@ submit: .venv/.installed ## Write and check the submission
 rehearse: .venv/.installed ## Make a contest of classified images (SOURCE=folder, cifar10, stl10, … OUT=contests/NAME)
 	$(VENV) python -m stages.rehearse make --source "$(or $(SOURCE),$(error SOURCE= is missing, as in: make rehearse SOURCE=cifar10))" --out "$(or $(OUT),contests/$(notdir $(SOURCE:/=)))" $(ARGS)
 
-bench: .venv/.installed-bench ## Measure against the peers (NAME=one benchmark)
+compare-methods: .venv/.installed ## Compare pretraining methods: a table in docs/methods.md (RECIPES="recipes/mini98_*.yaml")
+	$(VENV) python -m stages.compare_methods $(RECIPES) $(ARGS)
+
+bench: .venv/.installed ## Measure against the peers (NAME=one benchmark)
 	$(VENV) python -m benchmarks $(NAME) $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed and $(PYTHON) is %d.%d; name another with PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt -e '.[dev]'
-	@touch $@
-
-.venv/.installed-bench: .venv/.installed
-	.venv/bin/python -m pip install -c constraints.txt -e '.[dev,bench]'
 	@touch $@

@@ -20,10 +20,11 @@ import torch
 from pipeline.batches import prefetch
 from pipeline.encoders import build_encoder
 from pipeline.feed import Feed
+from pipeline.machine import make_accelerator
 from pipeline.methods.simclr import SimCLR
 from pipeline.optim import Optimizer, build_optimizer
 from pipeline.packed import Pool
-from pipeline.trainer import Trainer, make_accelerator
+from pipeline.trainer import Trainer
 from pipeline.views import View
 
 ROUNDS = 5
@@ -49,14 +50,15 @@ def main() -> None:
         method = SimCLR(build_encoder(o.encoder)).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(Optimizer(), {method: 1.0}, o.batch)
 
-        feed = Feed(pool, [View()], o.batch, 0, MEAN, STD, accelerator)
+        feed = Feed(pool, [View()], o.batch, 0, MEAN, STD, accelerator, method=method)
         trainer = Trainer(method, optimizer, accelerator, Path(folder), {}, feed, lambda _: 1e-3)
         ready = feed.inputs(feed.fetch(0), 0, o.size)
 
         def ours(turn: int) -> float:
             first = turn * o.steps
             began = time.perf_counter()
-            for step, fetched in enumerate(prefetch(feed.fetch, first, first + o.steps), first):
+            fetched = prefetch(feed.fetch, first, first + o.steps)
+            for step in range(first, first + o.steps):
                 trainer.step(fetched, step, o.size, 0.5)
             return o.steps * o.batch / (time.perf_counter() - began)
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+import jsonargparse._typehints
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline import InputError
 from pipeline.recipe import BUDGETS, Recipe
@@ -28,6 +29,19 @@ class Invocation(NamedTuple):
     recipe: Recipe
     options: Any
     plain: dict[str, Any]
+
+
+def _forget_other_class(parser: Any, before: Any, value: Any) -> None:
+    """Another class starts at its own defaults.
+
+    jsonargparse lets it inherit arguments of the same name: MoCo would run at the temperature of
+    SimCLR, the default method, wherever a recipe does not give one.  There is no setting for it.
+    """
+    if before and "init_args" in before and before["class_path"] != value["class_path"]:
+        before["init_args"] = Namespace()
+
+
+jsonargparse._typehints.discard_init_args_on_class_path_change = _forget_other_class
 
 
 def parse(

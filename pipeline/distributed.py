@@ -1,6 +1,4 @@
-"""Several processes as one: gather with gradient, reduced batch-norm statistics; identity on one
-process.
-"""
+"""Several processes as one: gather and sum with gradient; identity on one process."""
 
 from typing import Any
 
@@ -61,71 +59,20 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
-class ReducedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm with statistics over the batches of all ranks, on any device.
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of the tensors of all ranks, with gradient; `x` on one process."""
+    return x if world_size() == 1 else _Sum.apply(x)
 
-    torch's SyncBatchNorm has no CPU path; this is its equal there (same parameters and buffers).
-    Where timm fuses dropout and activation into the layer, they are kept.
+
+def average_gradients(module: nn.Module) -> None:
+    """Replace every gradient by its mean over the ranks, in one message; as
+    DistributedDataParallel does, for gradients that did not come through it.
     """
-
-    def __init__(self, layer: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__(
-            layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
-        )
-        self._parameters, self._buffers = layer._parameters, layer._buffers
-        self.drop, self.act = getattr(layer, "drop", None), getattr(layer, "act", None)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or world_size() == 1:
-            x = super().forward(input)
-        else:
-            x = self._reduced(input)
-        x = x if self.drop is None else self.drop(x)
-        y: Tensor = x if self.act is None else self.act(x)
-        return y
-
-    def _reduced(self, x: Tensor) -> Tensor:
-        dims = [d for d in range(x.ndim) if d != 1]
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        count = wide.numel() / wide.shape[1]
-        one = wide.new_full((1,), count)
-        sums = _Sum.apply(torch.cat([wide.sum(dims), one]))
-        n = float(sums[-1].detach())
-        mean = sums[:-1] / n
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        centered = wide - mean.view(shape)
-        var = _Sum.apply(centered.square().sum(dims)) / n
-        if self.running_mean is not None and self.running_var is not None:
-            with torch.no_grad():
-                self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-                momentum = self.momentum
-                if momentum is None:
-                    momentum = 1 / float(self.num_batches_tracked)  # type: ignore[arg-type]
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-                self.running_var.lerp_((var * n / (n - 1)).to(self.running_var.dtype), momentum)
-        y = centered * (var + self.eps).rsqrt().view(shape)
-        if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)  # type: ignore[no-any-return]
-
-
-def synchronize_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with batch norm over all ranks: torch's on a GPU, `ReducedBatchNorm` on a CPU."""
-    if world_size() == 1:
-        return module
-    if device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(module)  # type: ignore[no-any-return]
-    return _reduce(module)
-
-
-def _reduce(module: nn.Module) -> nn.Module:
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return ReducedBatchNorm(module)
-    for name, child in module.named_children():
-        setattr(module, name, _reduce(child))
-    return module
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    if world_size() == 1 or not grads:
+        return
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    parts = flat.split([g.numel() for g in grads])
+    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])

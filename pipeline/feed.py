@@ -4,15 +4,22 @@ device.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from pipeline import InputError
 from pipeline.batches import batch_at, slice_of
+from pipeline.methods.base import Method
 from pipeline.packed import Pool
 from pipeline.views import View, Views, uniforms
+
+Fetched = tuple[Tensor, Tensor | None]
+"""Images [b, h, w, 3] uint8; their targets, or the images for the method's slow copy."""
 
 
 @dataclass
@@ -20,7 +27,9 @@ class Feed:
     """Batches of a pool as a pure function of (seed, step); each process sees its slice of them.
 
     `mean` and `std` normalize values from 0 to 1.  With `targets` [n], one for each image of the
-    pool, a batch is (images, targets), else it is (list of views,).
+    pool, a batch is (images, targets), else it is the views that `method` is called with.  With
+    `micro_batch` (images over all processes) a step has several parts, each read twice: a tick is
+    one reading of one part.
     """
 
     pool: Pool
@@ -31,34 +40,99 @@ class Feed:
     std: Sequence[float]
     accelerator: Accelerator
     targets: Tensor | None = None
+    method: Method | None = None
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
-        a = self.accelerator
-        if self.batch_size % a.num_processes:
+        a, part = self.accelerator, self.micro_batch or self.batch_size
+        if self.batch_size % part:
             raise InputError(
-                f"batch_size is {self.batch_size} over {a.num_processes} processes; a multiple of "
-                f"their number is expected"
+                f"batch_size is {self.batch_size} and micro_batch {part}; a multiple is expected"
             )
-        self.mine = slice_of(self.batch_size, a.process_index, a.num_processes)
+        if part % a.num_processes:
+            name = "micro_batch" if self.micro_batch else "batch_size"
+            raise InputError(
+                f"{name} is {part} over {a.num_processes} processes; a multiple of their number is "
+                f"expected"
+            )
+        self.parts = self.batch_size // part
+        self.ticks = 1 if self.parts == 1 else 2 * self.parts
+        group, own = self.method.group if self.method else 1, part // a.num_processes
+        if own < self.batch_size and own % group:
+            raise InputError(
+                f"{type(self.method).__name__}: batch norm is over groups of {group} images, but a "
+                f"process takes {own} at a time; a multiple is expected"
+            )
+        self.device: torch.device = a.device
+        mine = slice_of(part, a.process_index, a.num_processes)
+        self.places = [np.arange(start, start + part)[mine] for start in self.starts]
+        order = self.method.target_order(self.batch_size) if self.method else None
+        self.order = None if order is None else order.numpy()
         self.count = sum(view.count for view in self.views)
+        if self.method is not None and self.method.queried is not None:
+            used = len({*self.method.queried, *self.method.keyed})
+            if self.count != used:
+                raise InputError(
+                    f"{type(self.method).__name__} takes {used} views of an image; {self.count} "
+                    f"are in the recipe"
+                )
         dtype = torch.bfloat16 if a.mixed_precision == "bf16" else torch.float32
         self.make = Views(self.views, self.mean, self.std, dtype)
 
-    def fetch(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """The images [b, h, w, 3] uint8 of `step` and their targets, on the device."""
-        chosen = batch_at(len(self.pool), self.batch_size, self.seed, step)[self.mine]
-        images, device = torch.from_numpy(self.pool.gather(chosen)), self.accelerator.device
-        if device.type == "cuda":
-            images = images.pin_memory()
-        targets = None if self.targets is None else self.targets[chosen].to(device)
-        return images.to(device, non_blocking=True), targets
+    @property
+    def starts(self) -> range:
+        """Where the parts of a batch begin."""
+        return range(0, self.batch_size, self.batch_size // self.parts)
 
-    def inputs(
-        self, fetched: tuple[Tensor, Tensor | None], step: int, resolution: int
-    ) -> tuple[list[Tensor]] | tuple[Tensor, Tensor]:
+    def fetch(self, tick: int) -> Fetched:
+        """What the step and part of `tick` need, on the device."""
+        step, reading = divmod(tick, self.ticks)
+        places = self.places[reading % self.parts]
+        chosen = _batch_at(len(self.pool), self.batch_size, self.seed, step)
+        if self.targets is not None:
+            return self._images(chosen[places]), self.targets[chosen[places]].to(self.device)
+        if self.order is None or reading >= self.parts:  # the slow copy sees them once
+            return self._images(chosen[places]), None
+        return self._images(chosen[places]), self._images(chosen[self.order[places]])
+
+    def inputs(self, fetched: Fetched, tick: int, resolution: int) -> tuple[object, ...]:
         """The module's arguments: augmented, normalized, in the layout convolutions like."""
-        images, targets = fetched
-        u = uniforms(self.seed, step, self.batch_size, self.count)[:, self.mine]
-        views = self.make(images, u, resolution)
-        views = [v.contiguous(memory_format=torch.channels_last) for v in views]
-        return (views,) if targets is None else (views[0], targets)
+        images, other = fetched
+        step, reading = divmod(tick, self.ticks)
+        places = self.places[reading % self.parts]
+        if self.targets is not None:
+            return self._views(images, step, places, resolution, [0])[0], other
+        assert self.method is not None
+        queried, keyed = self.method.queried, list(self.method.keyed)
+        queried = list(range(self.count) if queried is None else queried)
+        if other is not None:
+            assert self.order is not None
+            views = self._views(images, step, places, resolution, queried)
+            return views, self._views(other, step, self.order[places], resolution, keyed)
+        if reading >= self.parts or self.order is not None:
+            return self._views(images, step, places, resolution, queried), []
+        needed = sorted({*queried, *keyed})
+        made = dict(zip(needed, self._views(images, step, places, resolution, needed), strict=True))
+        return [made[k] for k in queried], [made[k] for k in keyed]
+
+    def _images(self, chosen: npt.NDArray[np.int64]) -> Tensor:
+        images = torch.from_numpy(self.pool.gather(chosen))
+        if self.device.type == "cuda":
+            images = images.pin_memory()
+        return images.to(self.device, non_blocking=True)
+
+    def _views(
+        self,
+        images: Tensor,
+        step: int,
+        places: npt.NDArray[np.int64],
+        resolution: int,
+        only: list[int],
+    ) -> list[Tensor]:
+        u = _uniforms(self.seed, step, self.batch_size, self.count)[:, places]
+        views = self.make(images, u, resolution, only)
+        return [v.contiguous(memory_format=torch.channels_last) for v in views]
+
+
+_batch_at = lru_cache(maxsize=4)(batch_at)  # the parts of a step ask for the same
+_uniforms = lru_cache(maxsize=2)(uniforms)

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline import InputError, runs
+from pipeline.batch_norm import synchronize_batch_norm
 from pipeline.checkpoint import load_tensors
 from pipeline.classifiers import Classifier, Supervised
-from pipeline.distributed import synchronize_batch_norm
 from pipeline.feed import Feed
 from pipeline.figures import confusion
 from pipeline.inference import encoder_for, predict

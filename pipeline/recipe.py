@@ -88,6 +88,10 @@ class Pretrain:
     """Pixels of the views; several share the budget equally, one after the other."""
     batch_size: int = 256
     """Images in a step, over all processes."""
+    micro_batch: int | None = None
+    """Images at a time, over all processes, for batches larger than the memory; exact, but for
+    batch norm, which is over these.  Costs a second forward pass.
+    """
     optimizer: Optimizer = field(default_factory=Optimizer)
     epochs: float | None = None
     """Budget in passes over the images."""
@@ -105,12 +109,14 @@ class Pretrain:
     """How often kNN accuracy on held-out labeled images is measured over the run."""
     knn_images: int = 2000
     """Labeled training images used for that, half as neighbors, half as queries."""
+    on_collapse: Literal["stop", "warn"] = "stop"
+    """What happens where the encoder has collapsed, by the signs of pipeline/collapse.py."""
 
     def __post_init__(self) -> None:
         _check_schedule("pretrain", self)
         if sum(view.count for view in self.views) < 2:
             raise InputError("pretrain: 2 views or more are expected of an image")
-        _check_least("pretrain", self, knn_evals=0, knn_images=2)
+        _check_least("pretrain", self, knn_evals=0, knn_images=2, micro_batch=1)
 
 
 @dataclass(frozen=True)

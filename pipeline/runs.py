@@ -194,7 +194,8 @@ class Run:
         chosen = json.loads(json.dumps(chosen, default=str))  # as it is read back
         for section in chosen.values():
             if isinstance(section, dict):
-                section.pop("checkpoint_minutes", None)  # which changes no result
+                for name in ("checkpoint_minutes", "on_collapse"):  # which change no result
+                    section.pop(name, None)
         return cls(folder, {"recipe": chosen, "inputs": {str(p): sha256(p) for p in inputs}})
 
     def is_current(self) -> bool:

@@ -3,7 +3,7 @@
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,38 +11,20 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import InputError
 from pipeline.batches import prefetch
 from pipeline.checkpoint import load_torch, save_torch
 from pipeline.feed import Feed
+from pipeline.gradient_cache import backward_in_parts
+from pipeline.methods.base import Method
 from pipeline.optim import set_lr
 from pipeline.plan import Plan, plan_steps
 from pipeline.progress import progress
 from pipeline.runs import differences, read_json, say, write_json
-from pipeline.views import matmul_dtype
 
 _CALIBRATION = (2, 5)  # steps to warm up, steps to time, at each resolution
-
-
-def make_accelerator(precision: str, folder: Path) -> Accelerator:
-    """Accelerate's view of the machine, with TensorBoard scalars in `folder`; `auto` is bf16 or
-    float32.
-    """
-    AcceleratorState._reset_state()  # a process may run several stages, each with its precision
-    cpu = None if torch.accelerator.is_available() else True  # then ranks are found, by gloo
-    accelerator = Accelerator(cpu=cpu, log_with="tensorboard", project_dir=folder)
-    if precision == "auto":
-        fast = matmul_dtype(accelerator.device) == torch.bfloat16
-        precision = "bf16" if fast else "no"
-    if precision == accelerator.mixed_precision:
-        return accelerator
-    AcceleratorState._reset_state()
-    return Accelerator(
-        mixed_precision=precision, cpu=cpu, log_with="tensorboard", project_dir=folder
-    )
 
 
 @dataclass
@@ -50,7 +32,9 @@ class Trainer:
     """Trains `module`, which maps inputs to a scalar loss and has before_update and after_update.
 
     `lr(progress)` is the rate, None leaves it to `plateau`, which looks at the metric `watch` of
-    `evaluate()`; that is called `evals` times, evenly over the run.
+    `evaluate()`; that is called `evals` times, evenly over the run, and before it where there is a
+    `judge`.  `signs()` are logged with the loss; `judge(history, progress)` may end the run by an
+    InputError.
     """
 
     module: nn.Module
@@ -66,29 +50,46 @@ class Trainer:
     evals: int = 0
     plateau: torch.optim.lr_scheduler.ReduceLROnPlateau | None = None
     watch: str = ""
+    signs: Callable[[], dict[str, Tensor]] | None = None
+    judge: Callable[[list[dict[str, float]], float], None] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     _stop: int = 0
     _logged: int = 0
 
     def __post_init__(self) -> None:
         self.module.to(self.accelerator.device)
-        wrapped = self.accelerator.prepare(self.module, self.optimizer)
-        self._wrapped, self._optimizer = wrapped
+        self._optimizer = self.accelerator.prepare(self.optimizer)
+        # gradients of parts are averaged over the ranks once, not by each backward
+        alone = self.feed.parts > 1
+        self._wrapped = self.module if alone else self.accelerator.prepare(self.module)
         self._losses = torch.zeros(self.log_steps + 2, device=self.accelerator.device)
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
 
-    def step(self, fetched: Any, step: int, resolution: int, along: float) -> None:
-        """One step: the loss stays on the device, in `_losses`."""
-        # dropout and the like become functions of the step too
+    def step(self, fetched: Iterator[Any], step: int, resolution: int, along: float) -> None:
+        """One step, on the next of `fetched`: the loss stays on the device, in `_losses`."""
+        feed, first = self.feed, step * self.feed.ticks
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        torch.manual_seed((self.feed.seed * 1_000_003 + step) * ranks + rank)
+
+        def inputs(reading: int) -> Any:
+            return feed.inputs(next(fetched), first + reading, resolution)
+
+        def seed(part: int) -> None:  # dropout and the like become functions of the step too
+            number = (feed.seed * 1_000_003 + step) * feed.parts + part
+            torch.manual_seed(number * ranks + rank)
+
         if self.lr is not None:
             set_lr(self.optimizer, self.lr(along))
-        loss = self._wrapped(*self.feed.inputs(fetched, step, resolution))
-        self.accelerator.backward(loss)
+        if feed.parts == 1:
+            seed(0)
+            loss = self._wrapped(*inputs(0))
+            self.accelerator.backward(loss)
+        else:
+            assert isinstance(self.module, Method)
+            autocast = self.accelerator.autocast
+            loss = backward_in_parts(self.module, inputs, feed.parts, autocast, seed)
         self.module.before_update(along)  # type: ignore[operator]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -122,17 +123,23 @@ class Trainer:
         optimizer = self.optimizer.state_dict()
         warm, timed = _CALIBRATION
         times = []
-        for step, fetched in enumerate(prefetch(self.feed.fetch, 0, warm + timed)):
-            began = time.perf_counter()
-            self.step(fetched, step, resolution, 0.0)
-            self._losses.sum().item()  # waits for the device
-            times.append(time.perf_counter() - began)
+        with closing(self._fetched(0, warm + timed)) as fetched:
+            for step in range(warm + timed):
+                began = time.perf_counter()
+                self.step(fetched, step, resolution, 0.0)
+                self._losses.sum().item()  # waits for the device
+                times.append(time.perf_counter() - began)
         self.module.load_state_dict(module)
         self.optimizer.load_state_dict(optimizer)
         median = torch.tensor(statistics.median(times[warm:]), device=self.accelerator.device)
         seconds = float(self.accelerator.reduce(median, "mean"))
         say(f"calibration: {1000 * seconds:.0f} ms a step at {resolution} px")
         return seconds
+
+    def _fetched(self, start: int, stop: int) -> Generator[Any, None, None]:
+        """What the steps from `start` to `stop` need, fetched ahead by a thread."""
+        ticks = self.feed.ticks
+        return prefetch(self.feed.fetch, start * ticks, stop * ticks)
 
     def resume(self) -> int:
         """Load the checkpoint of a run of the same facts; the step to go on from, 0 without one."""
@@ -221,16 +228,18 @@ class Trainer:
         hparams = {"tensorboard": {"purge_step": start}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=hparams)
         alone = self.accelerator.num_processes == 1
+        if start == 0 and self.judge is not None and self.evals:
+            self._evaluate(0)  # what there is to improve on
         saved = tick = time.monotonic()
         self.module.train()
         with (
             self._signals(),
-            closing(prefetch(self.feed.fetch, start, total)) as steps,
+            closing(self._fetched(start, total)) as fetched,
             progress(
                 what, total * batch, "images", start * batch, lambda n: plan.share(n // batch)
             ) as advance,
         ):
-            for step, fetched in enumerate(steps, start):
+            for step in range(start, total):
                 self.step(fetched, step, plan.resolution(step), step / total)
                 done, note, save, stop = step + 1, "", False, False
                 late = time.monotonic() - saved > 60 * self.checkpoint_minutes
@@ -240,7 +249,9 @@ class Trainer:
                 if log:
                     speed = batch * (done - self._logged) / (time.monotonic() - tick)
                     rate = self.optimizer.param_groups[0]["lr"]
-                    self._log(done, {"loss": loss, "lr": rate, "images_per_second": speed})
+                    signs = self._agreed(self.signs() if self.signs is not None else {})
+                    values = {"loss": loss, "lr": rate, "images_per_second": speed}
+                    self._log(done, values | signs)
                     note, self._logged, tick = f"loss {loss:.3f}", done, time.monotonic()
                 advance(batch, note)
                 paused = time.monotonic()
@@ -249,6 +260,8 @@ class Trainer:
                 if save or stop or done == total:
                     self.save(done)
                     saved = time.monotonic()
+                if log and self.judge is not None:
+                    self.judge(self.history, done / total)
                 tick += time.monotonic() - paused
                 if stop:
                     say(f"stopped after step {done:,}; the same command goes on from there")
@@ -261,10 +274,18 @@ class Trainer:
         self.history.append({"step": step, **values})
         self.accelerator.log(values, step=step)
 
+    def _agreed(self, values: dict[str, Any]) -> dict[str, float]:
+        """The means over the ranks, so that all decide alike."""
+        if not values:
+            return {}
+        own = [torch.as_tensor(v, device=self.accelerator.device).float() for v in values.values()]
+        mean = self.accelerator.reduce(torch.stack(own), "mean").tolist()
+        return dict(zip(values, mean, strict=True))
+
     def _evaluate(self, step: int) -> None:
         assert self.evaluate is not None
         self.module.eval()
-        values = self.evaluate()
+        values = self._agreed(self.evaluate())
         self.module.train()
         self._log(step, values)
         words = ", ".join(f"{k} {v:.2f}" for k, v in values.items())

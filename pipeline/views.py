@@ -48,6 +48,10 @@ class View:
 
     count: int = 2
     """How many views are drawn this way."""
+    size: float = 1.0
+    """Pixels of the view as a fraction of the resolution: below 1 in the local views of
+    multi-crop.
+    """
     crop_p: float = 1.0
     """Probability of the random resized crop; without it the whole image is resized."""
     crop_scale: Range = (0.08, 1.0)
@@ -92,6 +96,8 @@ class View:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise InputError(f"views: count is {self.count}; 1 or more is expected")
+        if self.size <= 0:
+            raise InputError(f"views: size is {self.size}; above 0 is expected")
         for name, value in vars(self).items():
             if name.endswith("_p") and not 0 <= value <= 1:
                 raise InputError(f"views: {name} is {value}; a probability from 0 to 1 is expected")
@@ -180,27 +186,39 @@ class Views:
         self.held = dict[str, Tensor]()
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, u: Uniforms, size: int) -> list[Tensor]:
-        """A uint8 batch [b, h, w, 3] as normalized views, each [b, 3, size, size].
+    def __call__(
+        self, images: Tensor, u: Uniforms, size: int, only: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """A uint8 batch [b, h, w, 3] as normalized views, each [b, 3, s, s], where s is `size`
+        times the view's own.
 
-        `u` is [v, b, draws] from `uniforms`, where v is the number of views.  On a CPU a batch goes
-        through in pieces that stay in the cache.
+        `u` is [v, b, draws] from `uniforms`, where v is the number of views; `only` names those
+        that are made.  On a CPU a batch goes through in pieces that stay in the cache.
         """
         self.device, b = images.device, len(images)
         dtype = self.dtype or matmul_dtype(self.device)
-        drawn = [self._maps(v, u[k], images, size) for k, v in enumerate(self.views)]
+        chosen = range(len(self.views)) if only is None else only
+        views = [self.views[k] for k in chosen]
+        sizes = [self.pixels(k, size) for k in chosen]
+        drawn = [
+            self._maps(v, u[k], images, s) for k, v, s in zip(chosen, views, sizes, strict=True)
+        ]
         results = [
-            self._memory(f"view {k}", dtype, b, 3, size, size) for k in range(len(self.views))
+            self._memory(f"view {k}", dtype, b, 3, s, s) for k, s in zip(chosen, sizes, strict=True)
         ]
         piece = _PIECE if self.device.type == "cpu" else b
         for start in range(0, b, piece):
             part = slice(start, start + piece)
             planar = _planar(images[part])
             planes = self._memory("planes", dtype, *planar.shape).copy_(planar)
-            for view, maps, result in zip(self.views, drawn, results, strict=True):
+            for view, maps, s, result in zip(views, drawn, sizes, results, strict=True):
                 own = {k: t[part] for k, t in maps.items()}
-                result[part] = self._augment(planes, view, own, size)
+                result[part] = self._augment(planes, view, own, s)
         return results
+
+    def pixels(self, view: int, size: int) -> int:
+        """The pixels of a view at the resolution `size`."""
+        return max(1, round(self.views[view].size * size))
 
     def _memory(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """A tensor of any content, in the memory held under `name`."""

@@ -13,9 +13,9 @@ from pipeline import config, runs
 from pipeline.checkpoint import load_tensors
 from pipeline.encoders import build_encoder, features
 from pipeline.inference import predict_split
+from pipeline.machine import make_accelerator
 from pipeline.manifest import load_contest
 from pipeline.recipe import Recipe
-from pipeline.trainer import make_accelerator
 
 
 @dataclass(frozen=True)

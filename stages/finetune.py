@@ -19,6 +19,7 @@ from pipeline.distributed import barrier
 from pipeline.encoders import features
 from pipeline.finetuning import finetuner, initial_encoder, report
 from pipeline.inference import check_size, predict_split
+from pipeline.machine import make_accelerator
 from pipeline.manifest import (
     PSEUDO_LABELS,
     Contest,
@@ -27,7 +28,6 @@ from pipeline.manifest import (
     write_manifest,
 )
 from pipeline.recipe import Recipe
-from pipeline.trainer import make_accelerator
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,27 @@ Stopped or killed and started again, it goes on from the last checkpoint.
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline import InputError, config, runs
+from pipeline.batch_norm import synchronize_batch_norm
 from pipeline.checkpoint import save_tensors
-from pipeline.distributed import synchronize_batch_norm
+from pipeline.collapse import judge
 from pipeline.encoders import features
 from pipeline.feed import Feed
 from pipeline.figures import curve
 from pipeline.inference import check_size, encoder_for, predict
+from pipeline.machine import make_accelerator, peak_memory
 from pipeline.manifest import Contest, choose_labels, load_contest
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
 from pipeline.packed import Pool
 from pipeline.recipe import Recipe
-from pipeline.trainer import Trainer, make_accelerator
+from pipeline.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,15 @@ class Options:
     force: bool = field(
         default=False, metadata={"help": "Start anew even where nothing has changed."}
     )
+    plan_only: bool = field(
+        default=False, metadata={"help": "Write plan.json, which fixes the steps, and stop."}
+    )
 
 
-def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
-    """Pretrain as `recipe` says, unless its finished result is there."""
+def run(
+    recipe: Recipe, plain: dict[str, Any], force: bool = False, plan_only: bool = False
+) -> None:
+    """Pretrain as `recipe` says, unless its finished result is there; `plan_only` makes no step."""
     c, contest = recipe.pretrain, load_contest(recipe.data.contest)
     folder = runs.entry_folder(recipe.entry or "entry") / "pretrain"
     facts = runs.Run.of(folder, plain, ("encoder", "pretrain"), [contest.folder / "contest.json"])
@@ -58,23 +66,30 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         )
     torch.manual_seed(recipe.seed)
     encoder = encoder_for(asdict(recipe.encoder))
-    for size in c.resolutions:
+    for size in {max(1, round(r * view.size)) for r in c.resolutions for view in c.views}:
         check_size(encoder, size)
-    method = synchronize_batch_norm(c.method(encoder), accelerator.device)
-    method = method.to(memory_format=torch.channels_last)
+    method = c.method(encoder)
+    synchronize_batch_norm(method, accelerator.device)
+    method.to(memory_format=torch.channels_last)
+    mean, std = contest.mean, contest.std
     lr, rate = c.optimizer.scaled_lr(c.batch_size), c.optimizer
+    micro = c.micro_batch if c.micro_batch != c.batch_size else None
     trainer = Trainer(
         module=method,
         optimizer=build_optimizer(c.optimizer, {method: 1.0}, c.batch_size),
         accelerator=accelerator,
         folder=folder,
         facts=facts.facts,
-        feed=Feed(pool, c.views, c.batch_size, recipe.seed, contest.mean, contest.std, accelerator),
+        feed=Feed(
+            pool, c.views, c.batch_size, recipe.seed, mean, std, accelerator, None, method, micro
+        ),
         lr=lambda along: lr * schedule(along, rate.warmup, rate.final_lr),
         log_steps=c.log_steps,
         checkpoint_minutes=c.checkpoint_minutes,
         evaluate=_knn(recipe, contest, encoder) if "train" in contest.splits else None,
         evals=c.knn_evals,
+        signs=method.signs,
+        judge=partial(_judge, c.on_collapse),
     )
     facts.begin(anew=force)  # everything is in order: what was finished here no longer is
     plan = trainer.plan(c, len(pool), c.resolutions)
@@ -83,6 +98,9 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     )
     several = f" on {n} processes" if (n := accelerator.num_processes) > 1 else ""
     runs.say(f"{len(pool):,} images, {plan.total:,} steps of {c.batch_size} ({shares}){several}")
+    if plan_only:
+        runs.say(f"wrote {folder}/plan.json; next: make pretrain")
+        return
     history = trainer.fit(plan, "pretrain")
     if accelerator.is_main_process:
         metadata = {
@@ -93,10 +111,37 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         }
         save_tensors(folder / "encoder.safetensors", encoder.state_dict(), metadata)
         runs.write_json(folder / "history.json", history)
-        curve(folder / "curve.png", history, "pretraining")
+        drawn = ("step", "loss", "knn")  # the other signs are in TensorBoard
+        points = [{k: h[k] for k in drawn if k in h} for h in history]
+        curve(folder / "curve.png", points, "pretraining")
     images = plan.total * c.batch_size
-    facts.finish(steps=plan.total, images_seen=images, knn=_last(history, "knn"))
+    facts.finish(
+        steps=plan.total,
+        images_seen=images,
+        minutes=_minutes(history, c.batch_size),
+        knn=_last(history, "knn"),
+        peak_memory_mib=peak_memory(),
+    )
     runs.say(f"wrote {folder}/encoder.safetensors after {images:,} images; next: make embed")
+
+
+def _judge(on_collapse: str, history: list[dict[str, float]], along: float) -> None:
+    """Stop the run, or say it, where its newest signs are those of a collapse."""
+    wrong = judge(history, along)
+    if wrong and on_collapse == "stop":
+        raise InputError(
+            f"{wrong}.  What is logged and from where on a run is stopped: docs/methods.md; "
+            f"--pretrain.on_collapse warn goes on from the last checkpoint"
+        )
+    if wrong:
+        runs.say(f"warning: {wrong}")
+
+
+def _minutes(history: list[dict[str, float]], batch_size: int) -> float:
+    """Minutes of training, those before an interruption too; measuring kNN is left out."""
+    logged = [h for h in history if "images_per_second" in h]
+    steps = np.diff([0, *(h["step"] for h in logged)])
+    return float(sum(steps * batch_size / [h["images_per_second"] for h in logged]) / 60)
 
 
 def _last(history: list[dict[str, float]], key: str) -> float | None:
@@ -127,7 +172,7 @@ def _knn(recipe: Recipe, contest: Contest, encoder: torch.nn.Module) -> Any:
 
 def main() -> None:
     recipe, options, plain = config.parse(__doc__, Options)
-    run(recipe, plain, options.force)
+    run(recipe, plain, options.force, options.plan_only)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pipeline import InputError, config, runs
 from pipeline.distributed import barrier, rank
 from pipeline.figures import coverage
 from pipeline.finetuning import logits_of
+from pipeline.machine import make_accelerator
 from pipeline.manifest import (
     PSEUDO_LABELS,
     Contest,
@@ -27,7 +28,6 @@ from pipeline.metrics import predictions
 from pipeline.pseudo_labels import apply, summary
 from pipeline.recipe import Recipe
 from pipeline.selection import eligible
-from pipeline.trainer import make_accelerator
 from stages import finetune
 
 

@@ -1,8 +1,5 @@
-"""Each method's loss against a slow transcription of its paper; the interface for every file
-found.
-"""
+"""The interface, for every method file found."""
 
-import math
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -11,59 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import pipeline.methods
+from pipeline.contrastive import nt_xent
 from pipeline.methods.base import Method
-from pipeline.methods.simclr import SimCLR, nt_xent
+from pipeline.methods.simclr import SimCLR
 
 FILES = [m.name for m in iter_modules(pipeline.methods.__path__) if m.name != "base"]
-
-
-def nt_xent_by_loops(projections: Tensor, temperature: float) -> float:
-    """Equation 1 of arXiv 2002.05709 and the sum of algorithm 1, term by term."""
-    z = [projections[v, k].tolist() for k in range(projections.shape[1]) for v in range(2)]
-
-    def similarity(i: int, j: int) -> float:
-        dot = sum(a * b for a, b in zip(z[i], z[j], strict=True))
-        return dot / math.sqrt(sum(a * a for a in z[i])) / math.sqrt(sum(b * b for b in z[j]))
-
-    def term(i: int, j: int) -> float:
-        others = (k for k in range(len(z)) if k != i)
-        below = sum(math.exp(similarity(i, k) / temperature) for k in others)
-        return -math.log(math.exp(similarity(i, j) / temperature) / below)
-
-    n = len(z) // 2
-    return sum(term(2 * k, 2 * k + 1) + term(2 * k + 1, 2 * k) for k in range(n)) / (2 * n)
-
-
-@pytest.mark.parametrize(
-    ("batch", "dimension", "temperature"), [(1, 3, 0.5), (2, 2, 1), (7, 5, 0.1)]
-)
-def test_nt_xent_equals_the_papers_loops(batch: int, dimension: int, temperature: float) -> None:
-    z = torch.randn(2, batch, dimension, dtype=torch.float64)
-    got = nt_xent(z, temperature)
-    assert got.item() == pytest.approx(nt_xent_by_loops(z, temperature), rel=1e-12, abs=1e-12)
-
-
-def test_nt_xent_gradient_is_that_of_finite_differences() -> None:
-    z = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: nt_xent(x, 0.3), z)
-
-
-def test_nt_xent_closed_forms() -> None:
-    same = torch.ones(2, 8, 4, dtype=torch.float64)  # all alike: every other view is as near
-    assert nt_xent(same, 0.5).item() == pytest.approx(math.log(15))
-    apart = torch.eye(8, dtype=torch.float64).repeat(2, 1, 1)  # positives alike, negatives at 90°
-    expected = math.log(1 + 14 * math.exp(-2))
-    assert nt_xent(apart, 0.5).item() == pytest.approx(expected)
-    assert nt_xent(5 * apart, 0.5).item() == pytest.approx(expected)  # length does not count
-
-
-def test_nt_xent_of_many_views_is_the_mean_over_positives() -> None:
-    z = torch.randn(3, 5, 4, dtype=torch.float64)
-    unit = nn.functional.normalize(z.flatten(0, 1), dim=1)
-    logits = (unit @ unit.T / 0.2).fill_diagonal_(-torch.inf)
-    log_p = logits.log_softmax(1)
-    terms = [-log_p[i, j] for i in range(15) for j in range(15) if i != j and i % 5 == j % 5]
-    assert nt_xent(z, 0.2).item() == pytest.approx(torch.stack(terms).mean().item())
 
 
 class Tiny(nn.Module):

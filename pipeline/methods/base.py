@@ -1,8 +1,14 @@
 """What a pretraining method is."""
 
+import math
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+
 import torch
 from torch import Tensor, nn
 
+from pipeline import InputError
+from pipeline.collapse import signs_of
 from pipeline.distributed import gather
 
 
@@ -11,29 +17,129 @@ class Method(nn.Module):
 
     Projection and loss are apart because every batch-coupled loss needs that: for negatives from
     other processes and for batches larger than the memory.  The loop is forward → backward →
-    before_update → optimizer.step → after_update.
+    before_update → optimizer.step → after_update.  A method with a slow copy of its network says in
+    `keyed` which views that one encodes.
     """
 
     encoder: nn.Module
+    projector: nn.Module
+    queried: Sequence[int] | None = None
+    """Which of the views `project` takes; None is all."""
+    keyed: Sequence[int] = ()
+    """Which of the views `target` takes; none without a slow copy."""
+    group: int = 1
+    """Images that a process or micro-batch must hold whole numbers of."""
+    pair: tuple[Tensor, Tensor]
+    """Embeddings [B, d] of two views in the newest batch, without gradient."""
 
     def project(self, views: list[Tensor]) -> Tensor:
-        """Views, each [b, 3, s, s], to projections [v, b, d]."""
+        """The queried views, each [b, 3, s, s], to projections [v, b, d]."""
         raise NotImplementedError
+
+    def target(self, views: list[Tensor]) -> Tensor:
+        """The keyed views, of images in `target_order`, to targets [t, b, d]; no gradient."""
+        raise NotImplementedError
+
+    def target_order(self, batch: int) -> Tensor | None:
+        """The order [batch] in which the images of a global batch come to `target`; None: as they
+        are.
+        """
+        return None
 
     def loss(self, projections: Tensor) -> Tensor:
-        """The scalar loss of projections [v, B, d], B being the global batch."""
+        """The scalar loss of projections and targets [v + t, B, d], B being the global batch."""
         raise NotImplementedError
 
-    def forward(self, views: list[Tensor]) -> Tensor:
-        """The loss of this process's views with the projections of all processes; never in bf16,
+    def loss_of(self, projections: Tensor, targets: Tensor | None) -> Tensor:
+        """The loss of what all processes projected, targets in `target_order`; never in bf16,
         whose softmax is too coarse for a batch of similarities.
         """
+        rows = projections if projections.itemsize >= 4 else projections.float()
+        if targets is not None:
+            order = self.target_order(targets.shape[1])
+            if order is not None:
+                targets = targets[:, order.argsort().to(targets.device, non_blocking=True)]
+            rows = torch.cat([rows, targets.to(rows.dtype)])  # [v + t, B, d]
+        self.pair = rows[0].detach(), rows[1 if targets is None else -1].detach()
+        with torch.autocast(rows.device.type, enabled=False):
+            return self.loss(rows)
+
+    def forward(self, views: list[Tensor], keys: list[Tensor] | None = None) -> Tensor:
+        """The loss of this process's views with the projections of all processes.
+
+        `views` are the queried ones and `keys` the keyed ones, these in `target_order`; without
+        `keys`, `views` are all views of one process's whole batch.
+        """
+        if keys is None:
+            order = self.target_order(len(views[0])) if self.keyed else None
+            keys = [views[k] if order is None else views[k][order] for k in self.keyed]
+            views = views if self.queried is None else [views[k] for k in self.queried]
         projections = gather(self.project(views), dim=1)
-        with torch.autocast(projections.device.type, enabled=False):
-            return self.loss(projections.float() if projections.itemsize < 4 else projections)
+        return self.loss_of(projections, self.gathered_target(keys))
+
+    def gathered_target(self, keys: list[Tensor]) -> Tensor | None:
+        """The targets [t, B, d] of all processes, None without a slow copy."""
+        if not keys:
+            return None
+        with torch.no_grad():
+            return gather(self.target(keys), dim=1)
+
+    def together(self, views: list[Tensor]) -> Tensor:
+        """Projections [v, b, d] with all views of a size in one batch through the encoder, and all
+        views in one through the projector.
+        """
+        sizes = groupby(views, lambda view: view.shape[-1])
+        x = torch.cat([self.encoder(torch.cat(list(same))) for _, same in sizes])  # [v * b, f]
+        return self.projector(x).unflatten(0, (len(views), -1))  # type: ignore[no-any-return]
 
     def before_update(self, progress: float) -> None:
         """Called between backward and the optimizer's step; progress runs from 0 to 1."""
 
     def after_update(self, progress: float) -> None:
         """Called after the optimizer's step."""
+
+    def signs(self) -> dict[str, Tensor]:
+        """What tells how training goes beside the loss, as scalars on the device."""
+        return signs_of(*self.pair)
+
+
+def mlp(
+    widths: Sequence[int],
+    norm: bool = True,
+    last_norm: bool = False,
+    activation: type[nn.Module] = nn.ReLU,
+) -> nn.Sequential:
+    """Linear layers of `widths`, from input to output, with batch norm where asked and an
+    activation between them; a layer has a bias where no batch norm follows.
+    """
+    layers: list[nn.Module] = []
+    last = len(widths) - 2
+    for k, (inputs, outputs) in enumerate(pairwise(widths)):
+        normed = norm if k < last else last_norm
+        layers.append(nn.Linear(inputs, outputs, bias=not normed))
+        layers += [nn.BatchNorm1d(outputs)] if normed else []
+        layers += [activation(inplace=True)] if k < last else []
+    return nn.Sequential(*layers)
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Entropy of the mean of distributions exp(log_p) [b, k], over log k: 1 where all classes are
+    used alike, 0 where one is.
+    """
+    mean = log_p.exp().mean(0)
+    entropy: Tensor = torch.special.entr(mean).sum() / math.log(len(mean))
+    return entropy
+
+
+def check_above(method: nn.Module, low: float = 0, **values: float) -> None:
+    """Raise InputError, naming method and argument, where a value is not above `low`."""
+    for name, value in values.items():
+        if value <= low:
+            raise InputError(f"{type(method).__name__}: {name} is {value}; above {low} is expected")
+
+
+def check_fraction(method: nn.Module, **values: float) -> None:
+    """Raise InputError, naming method and argument, where a value is not from 0 to 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise InputError(f"{type(method).__name__}: {name} is {value}; from 0 to 1 is expected")

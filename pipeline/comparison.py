@@ -1,0 +1,118 @@
+"""Runs beside each other: what the files of a finished entry say, and a table of several."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline import InputError, runs
+from pipeline.manifest import Contest
+
+K = 20  # neighbors of the kNN accuracy that is compared
+BEGIN, END = "<!-- table: make compare-methods -->", "<!-- end of table -->"
+_HEAD = (
+    "| recipe | method | seeds | kNN | linear | fine-tuned | images seen | minutes | peak MiB |\n"
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|"
+)
+Records = list[dict[str, Any]]
+
+
+def outcome(entry: str, contest: Contest) -> dict[str, Any]:
+    """Scores on val in percent, and cost, as the finished stages of an entry wrote them."""
+    folder = runs.entry_folder(entry)
+    tuned = runs.finetune_folder(entry, runs.label_rounds(contest.folder, folder))
+    pretrained = runs.read_json(folder / "pretrain" / "provenance.json", "make pretrain")
+    evaluated = runs.read_json(folder / "evaluate" / "scores.json", "make evaluate")
+    results = runs.read_json(tuned / "provenance.json", "make finetune")["results"]
+    own, scores = pretrained["results"], evaluated["scores"]
+    return {
+        "contest": contest.name,
+        "images_of_val": evaluated["images"],
+        "knn": scores[f"knn_{K}_majority"]["1"],
+        "linear": scores["linear"]["1"],
+        "finetuned": results["val_top1"],
+        "finetuned_top5": results["val_top5"],
+        "knn_on_train": own["knn"],
+        **{key: own[key] for key in ("images_seen", "steps", "minutes", "peak_memory_mib")},
+        **{key: pretrained[key] for key in ("commit", "versions")},
+    }
+
+
+def holds(old: Any, new: Any) -> bool:
+    """Whether all that decided a run is the same now; what a recipe could not say then does not
+    count, as its default is what the run was made with.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        return all(key in new and holds(value, new[key]) for key, value in old.items())
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return all(holds(*pair) for pair in zip(old, new, strict=True))
+    return bool(old == new)
+
+
+def table(rows: dict[str, tuple[str, Records]], command: str) -> str:
+    """A Markdown table, best first, of {recipe: (method, records of its seeds)}."""
+    done = {name: row for name, row in rows.items() if row[1]}
+    order = sorted(done, key=lambda name: -_mean(done[name][1], "finetuned"))
+    lines = [_HEAD, *(_row(name, *done[name]) for name in order)]
+    lines += [
+        f"| {name} | {method} | 0 | not run yet | | | | | |"
+        for name, (method, records) in rows.items()
+        if not records
+    ]
+    every = [record for _, records in done.values() for record in records]
+    return "\n".join([*lines, "", f"Written by `{command}`{_notes(every)}."])
+
+
+def _mean(records: Records, key: str) -> float:
+    return statistics.fmean(record[key] for record in records)
+
+
+def _row(name: str, method: str, records: Records) -> str:
+    cells = [name, method, str(len(records))]
+    for key in ("knn", "linear", "finetuned"):
+        spread = statistics.stdev(r[key] for r in records) if len(records) > 1 else None
+        cells.append(f"{_mean(records, key):.1f}" + (f" ± {spread:.1f}" if spread else ""))
+    cells.append(f"{_mean(records, 'images_seen'):,.0f}")
+    cells.append(f"{_mean(records, 'minutes'):.1f}")
+    peaks = [r["peak_memory_mib"] for r in records if r["peak_memory_mib"] is not None]
+    cells.append(f"{max(peaks):,.0f}" if peaks else "?")
+    return f"| {' | '.join(cells)} |"
+
+
+def _notes(records: Records) -> str:
+    """What the numbers are, with the standard error of the most uncertain of them."""
+    if not records:
+        return ""
+    images = records[0]["images_of_val"]
+    shares = [r[key] / 100 for r in records for key in ("knn", "linear", "finetuned")]
+    error = 100 * max(math.sqrt(p * (1 - p) / images) for p in shares)
+    machines = "; ".join(sorted({r["machine"] for r in records}))
+    return (
+        f" on {machines}: top-1 in percent on the {images:,} images of val of "
+        f"{records[0]['contest']} (binomial standard error up to {error:.1f}), ± the standard "
+        f"deviation over seeds, of which the best by kNN on halves of train have several; kNN by "
+        f"{K} neighbors; images seen, minutes of training and peak memory are the pretraining's"
+    )
+
+
+def put(path: Path, text: str) -> None:
+    """Write `text` between the two comments of a Markdown file, which is begun where there is none.
+
+    Raises InputError where the comments are not there once, one after the other.
+    """
+    old = path.read_text() if path.is_file() else f"# Pretraining methods\n\n{BEGIN}\n{END}\n"
+    head, begin, rest = old.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end or old.count(BEGIN) + old.count(END) > 2:
+        raise InputError(f"{path}: {BEGIN} and {END}, once each, are expected around the table")
+    with runs.replacing(path) as aside:
+        aside.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+
+
+def of_one_contest(names: Sequence[str]) -> None:
+    """InputError where recipes of several contests would be compared."""
+    if several := sorted(set(names))[1:]:
+        raise InputError(
+            f"recipes of one contest are expected; these are of {min(names)} and {several[0]}"
+        )

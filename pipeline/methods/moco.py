@@ -1,0 +1,96 @@
+"""MoCo v2: Improved Baselines with Momentum Contrastive Learning (arXiv 2003.04297)."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.batch_norm import groups, split_batch_norm
+from pipeline.encoders import features
+from pipeline.memory import Queue, follow, rising
+from pipeline.methods.base import Method, check_above, check_fraction, mlp
+
+
+def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Cross entropy of the right key among it and the negatives (arXiv 1911.05722, equation 1).
+
+    `queries` and `keys` [b, d] and `negatives` [k, d] are expected at unit length.
+    """
+    positive = (queries * keys).sum(1, keepdim=True)  # [b, 1]
+    logits = torch.cat([positive, queries @ negatives.T], 1) / temperature  # [b, 1 + k]
+    return (logits.logsumexp(1) - logits[:, 0]).mean()
+
+
+class MoCo(Method):
+    def __init__(
+        self,
+        encoder: nn.Module,
+        temperature: float = 0.2,
+        queue: int = 65_536,
+        momentum: float = 0.999,
+        final_momentum: float | None = None,
+        symmetric: bool = False,
+        bn_group: int = 32,
+        hidden: int = 0,
+        output: int = 128,
+    ) -> None:
+        """Queries against keys of a slow copy and a queue of older keys.
+
+        Batch norm would tell a query which key shares its batch.  Queries are therefore normalized
+        in groups of consecutive images and keys in groups of images far apart (section 3.3 of
+        arXiv 1911.05722, shuffling), the same groups on one process and on many.
+
+        Args:
+            encoder: maps [b, 3, s, s] to [b, features(encoder)].
+            temperature: of the softmax over similarities.
+            queue: keys of earlier steps that serve as negatives.
+            momentum: of the key encoder.
+            final_momentum: what it rises to along half a cosine; null keeps it.
+            symmetric: every view is query and key once.  Keys join the queue after the step: none
+                of its own batch is a negative.
+            bn_group: images that are normalized together; 0 leaves batch norm as it is.
+            hidden: width of the head's hidden layer; 0 takes the encoder's.
+            output: width of the projections.
+        """
+        super().__init__()
+        check_above(self, temperature=temperature, queue=queue, output=output)
+        self.momentum = momentum, momentum if final_momentum is None else final_momentum
+        check_fraction(self, momentum=momentum, final_momentum=self.momentum[1])
+        check_above(self, -1, bn_group=bn_group)
+        self.temperature, self.group = temperature, bn_group or 1
+        self.queried, self.keyed = ((0, 1), (0, 1)) if symmetric else ((0,), (1,))
+        self.encoder = split_batch_norm(encoder, bn_group) if bn_group else encoder
+        width = features(encoder)
+        self.projector = mlp([width, hidden or width, output], norm=False)
+        slow = nn.ModuleList([self.encoder, self.projector])
+        self.slow = copy.deepcopy(slow).requires_grad_(False)
+        self.queue = Queue(queue, output)
+
+    def project(self, views: list[Tensor]) -> Tensor:
+        z = torch.stack([self.projector(self.encoder(view)) for view in views])
+        return F.normalize(z, dim=2)
+
+    def target(self, views: list[Tensor]) -> Tensor:
+        encoder, projector = self.slow
+        return F.normalize(torch.stack([projector(encoder(view)) for view in views]), dim=2)
+
+    def target_order(self, batch: int) -> Tensor | None:
+        if self.group == 1:
+            return None
+        return (torch.arange(batch) % groups(batch, self.group)).argsort(stable=True)
+
+    def loss(self, projections: Tensor) -> Tensor:
+        queries, keys = projections.tensor_split(2)  # each [1 or 2, B, d]
+        self._newest = keys.detach()
+        pairs = zip(queries, keys.flip(0), strict=True)  # a view's key is the other view's
+        negatives = self.queue.entries[0].to(keys.dtype)
+        return torch.stack([info_nce(q, k, negatives, self.temperature) for q, k in pairs]).mean()
+
+    def after_update(self, progress: float) -> None:
+        momentum = rising(*self.momentum, progress)
+        follow(self.slow, nn.ModuleList([self.encoder, self.projector]), momentum)
+        self.queue.push(self._newest.flatten(0, 1)[None])
+
+    def signs(self) -> dict[str, Tensor]:
+        return super().signs() | {"queue_age": self.queue.age()}
