@@ -33,6 +33,8 @@ class Optimizer:
     """Adam's and AdamW's."""
     weight_decay: float = 5e-4
     """Weight decay; biases and normalization weights are excluded."""
+    bias_lr: float = 1.0
+    """Factor of the rate of biases and normalization weights (Barlow Twins with LARS: 0.024)."""
     trust: float = 1e-3
     """LARS: the trust coefficient."""
     warmup: float = 0.05
@@ -106,10 +108,13 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
-def parameter_groups(modules: dict[nn.Module, float], weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    modules: dict[nn.Module, float], weight_decay: float, bias_lr: float = 1.0
+) -> list[dict[str, Any]]:
     """Groups for each module and rate factor: weights with decay; biases and norms (1-D) without.
 
-    `modules` maps a module to the factor of its learning rate, kept in the group as `lr_factor`.
+    `modules` maps a module to the factor of its learning rate, kept in the group as `lr_factor`,
+    for biases and norms times `bias_lr`.
     """
     groups = []
     for module, factor in modules.items():
@@ -123,7 +128,7 @@ def parameter_groups(modules: dict[nn.Module, float], weight_decay: float) -> li
                         "params": chosen,
                         "weight_decay": decay,
                         "adapt": not flat,
-                        "lr_factor": factor,
+                        "lr_factor": factor * (bias_lr if flat else 1.0),
                     }
                 )
     return groups
@@ -136,7 +141,8 @@ def build_optimizer(
 
     A group's rate is set in every step by `set_lr`.
     """
-    groups, lr = parameter_groups(modules, config.weight_decay), config.scaled_lr(batch)
+    groups = parameter_groups(modules, config.weight_decay, config.bias_lr)
+    lr = config.scaled_lr(batch)
     if config.name == "lars":
         return LARS(groups, lr, config.momentum, trust=config.trust)
     for group in groups:

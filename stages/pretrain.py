@@ -19,7 +19,7 @@ import torch
 from pipeline import InputError, config, runs
 from pipeline.batch_norm import synchronize_batch_norm
 from pipeline.checkpoint import save_tensors
-from pipeline.collapse import judge
+from pipeline.collapse import judge, judge_views
 from pipeline.encoders import features
 from pipeline.feed import Feed
 from pipeline.figures import curve
@@ -57,6 +57,7 @@ def run(
         raise InputError(
             "pretrain: val is among the splits, but in a rehearsal it stands for the secret test"
         )
+    _stop_or_say(c.on_collapse, judge_views(c.views))
     accelerator = make_accelerator(c.precision, folder)
     pool = Pool([(contest.packed(s), contest.usable(s)) for s in c.splits])
     if len(pool) < c.batch_size:
@@ -127,11 +128,14 @@ def run(
 
 def _judge(on_collapse: str, history: list[dict[str, float]], along: float) -> None:
     """Stop the run, or say it, where its newest signs are those of a collapse."""
-    wrong = judge(history, along)
+    _stop_or_say(on_collapse, judge(history, along))
+
+
+def _stop_or_say(on_collapse: str, wrong: str | None) -> None:
     if wrong and on_collapse == "stop":
         raise InputError(
-            f"{wrong}.  What is logged and from where on a run is stopped: docs/methods.md; "
-            f"--pretrain.on_collapse warn goes on from the last checkpoint"
+            f"pretrain: {wrong}.  The signs and limits are in docs/methods.md; "
+            f"--pretrain.on_collapse warn goes on all the same"
         )
     if wrong:
         runs.say(f"warning: {wrong}")

@@ -86,3 +86,13 @@ def test_bad_optimizers_are_refused() -> None:
         Optimizer(lr=0)
     with pytest.raises(InputError, match=r"optimizer: warmup is 1; from 0 to below 1 is expected"):
         Optimizer(warmup=1)
+
+
+def test_biases_and_norms_have_a_rate_of_their_own() -> None:
+    """Barlow Twins: 0.2 for weights and 0.0048 for biases, by LARS without adaptation."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    config = Optimizer("lars", lr=0.2, bias_lr=0.024, lr_rule="constant")
+    optimizer = build_optimizer(config, {module: 0.5}, 256)
+    set_lr(optimizer, 0.2)
+    rates = {g["params"][0].ndim: g["lr"] for g in optimizer.param_groups}
+    assert rates == {2: pytest.approx(0.1), 1: pytest.approx(0.0024)}

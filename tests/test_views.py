@@ -240,3 +240,23 @@ def test_bad_ranges_are_refused_by_name(field: dict, message: str) -> None:
     with pytest.raises(InputError) as error:
         View(**field)
     assert str(error.value) == message
+
+
+def test_views_of_other_sizes_and_only_some() -> None:
+    """A local view is what the same view would be at its own resolution; views that are not asked
+    for are not made.
+    """
+    images = torch.randint(0, 256, (5, 20, 20, 3), dtype=torch.uint8)
+    u = uniforms(0, 3, 5, 4)
+    both = Views([View(2), View(2, size=0.5, crop_scale=(0.05, 0.3))], [0.5] * 3, [0.2] * 3)
+    made = [view.clone() for view in both(images, u, 16)]
+    assert [tuple(view.shape) for view in made] == [(5, 3, 16, 16)] * 2 + [(5, 3, 8, 8)] * 2
+    small = Views([View(4, crop_scale=(0.05, 0.3))], [0.5] * 3, [0.2] * 3)(images, u, 8)
+    assert torch.equal(made[3], small[3])
+    assert torch.equal(both(images, u, 16, [3])[0], made[3])
+    two, none = both(images, u, 16, [2, 0]), both(images, u, 16, [])
+    assert torch.equal(two[0], made[2])
+    assert torch.equal(two[1], made[0])
+    assert none == []
+    with pytest.raises(InputError, match="size is 0"):
+        View(size=0)
