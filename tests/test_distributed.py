@@ -1,6 +1,8 @@
 """Two processes give what one process gives on the same global batch."""
 
 import socket
+import subprocess
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -192,3 +194,41 @@ def test_every_stage_that_trains_ends_well_on_two_processes(tiny_contest: Path, 
     assert sorted(done) == ["embeddings", "finetune-0", "pretrain"]
     assert Path("runs/two/finetune-0/classifier.safetensors").is_file()
     assert Path("runs/two/pseudo-1.csv").is_file()
+
+
+@pytest.mark.dist
+def test_a_killed_run_goes_on_on_another_number_of_processes(tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+    """From two to one: the same global batches and queue, so the losses of one all along."""
+    from pipeline.checkpoint import load_torch
+    from pipeline.runs import read_json
+
+    options = [*STAGE, "--pretrain.steps=40", "--pretrain.checkpoint_minutes=0"]
+    options += ["--pretrain.method=MoCo", "--pretrain.method.bn_group=4"]
+    options += ["--pretrain.method.queue=40", "--pretrain.micro_batch=8"]
+    options += ["--pretrain.optimizer.lr=0.001"]  # so that rounding does not grow
+    run_stage("stages.pretrain", "--entry=one", *options)
+    launch = [*TORCHRUN, "--master_port", str(free_port()), "-m", "stages.pretrain"]
+    process = run_stage(launch, "--entry=moved", *options, wait=False)
+    file = Path("runs/moved/pretrain/checkpoint.pt")
+    while not (file.is_file() and load_torch(file)["step"] >= 5):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=True)
+    process.kill()
+    process.communicate()
+    stopped = load_torch(file)["step"]
+    assert stopped < 40
+    out = run_stage("stages.pretrain", "--entry=moved", *options)
+    assert f"going on from step {stopped}" in out
+    histories = [read_json(Path(f"runs/{e}/pretrain/history.json"), "") for e in ("one", "moved")]
+    one, moved = ([h["loss"] for h in history if "loss" in h] for history in histories)
+    assert len(one) == len(moved) == 40
+    assert moved == pytest.approx(one, rel=1e-3)
+    assert moved[:-1] != pytest.approx(one[1:], rel=1e-3)  # which would tell other batches
+    ends = [
+        load_torch(Path(f"runs/{e}/pretrain/checkpoint.pt"))["module"] for e in ("one", "moved")
+    ]
+    torch.testing.assert_close(ends[1]["queue.born"], ends[0]["queue.born"])
+    torch.testing.assert_close(
+        ends[1]["queue.entries"], ends[0]["queue.entries"], atol=1e-2, rtol=0
+    )
