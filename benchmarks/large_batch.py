@@ -8,49 +8,14 @@ longer grows.  Further arguments (--pretrain.method.queue 4096) go to the stage 
 """
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import ArgumentParser
 from pathlib import Path
 
-from benchmarks.memory import ROOT, make_contest
+from benchmarks.memory import make_contest, peak
 
 SMALL_STEPS = 8  # of the small batch for one of the large
-
-
-def anonymous(process: int) -> float:
-    """RssAnon of `process` in MiB; 0 when it has ended."""
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((float(x.split()[1]) / 1024 for x in lines if x.startswith("RssAnon")), 0)
-
-
-def peak(folder: Path, entry: str, options: list[str]) -> float:
-    """Peak RssAnon in MiB of a pretraining in `folder`."""
-    options = [
-        "--entry",
-        entry,
-        "--data.contest",
-        "c",
-        "--pretrain.splits",
-        "[unlabeled]",
-        *options,
-    ]
-    command = [sys.executable, "-m", "stages.pretrain", *options]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    highest = 0.0
-    with subprocess.Popen(command, cwd=folder, env=environment) as process:
-        while process.poll() is None:
-            highest = max(highest, anonymous(process.pid))
-            time.sleep(0.02)
-    if process.returncode:
-        sys.exit("error: the pretraining failed")
-    return highest
 
 
 def main() -> None:
@@ -68,9 +33,9 @@ def main() -> None:
         make_contest(Path(folder), 2 * o.batch)
         for batch, steps in ((o.batch, o.steps), (o.micro, SMALL_STEPS * o.steps)):
             size = ["--pretrain.batch_size", f"{batch}", "--pretrain.steps", f"{steps}"]
-            size += ["--pretrain.micro_batch", f"{o.micro}"]
+            size += ["--pretrain.micro_batch", f"{o.micro}", "--entry", f"batch-{batch}"]
             began = time.monotonic()
-            peaks.append(round(peak(Path(folder), f"batch-{batch}", [*common, *size]), 1))
+            peaks.append(round(peak(Path(folder), [*common, *size]), 1))
             seconds = time.monotonic() - began
             print(
                 f"batch {batch:,}: {peaks[-1]:,.1f} MiB, {seconds:,.0f} s for {steps} steps",

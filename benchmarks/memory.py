@@ -48,12 +48,10 @@ def make_contest(folder: Path, images: int) -> None:
     write_json(manifests / "contest.json", facts)
 
 
-def peak(folder: Path) -> float:
-    """Peak RssAnon in MiB of a short pretraining in `folder`."""
-    options = ["--data.contest", "c", "--pretrain.splits", "[unlabeled]", "--pretrain.steps", "12"]
-    options += ["--pretrain.batch_size", "64", "--encoder.name", "resnet10t"]
-    options += ["--pretrain.resolutions", "[64]", "--pretrain.optimizer.lr", "1e-9"]
-    command = [sys.executable, "-m", "stages.pretrain", *options]
+def peak(folder: Path, options: list[str]) -> float:
+    """Peak RssAnon in MiB of the pretraining stage in `folder`."""
+    own = ["--data.contest", "c", "--pretrain.splits", "[unlabeled]"]
+    command = [sys.executable, "-m", "stages.pretrain", *own, *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     highest = 0.0
     with subprocess.Popen(command, cwd=folder, env=environment) as process:
@@ -75,11 +73,14 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=200_000)
     parser.add_argument("--small", type=int, default=20_000)
     o = parser.parse_args()
+    options = ["--pretrain.steps", "12", "--pretrain.batch_size", "64"]
+    options += ["--encoder.name", "resnet10t", "--pretrain.resolutions", "[64]"]
+    options += ["--pretrain.optimizer.lr", "1e-9"]
     peaks = []
     for images in (o.small, o.large):
         with tempfile.TemporaryDirectory() as folder:
             make_contest(Path(folder), images)
-            peaks.append(round(peak(Path(folder)), 1))
+            peaks.append(round(peak(Path(folder), options), 1))
             print(f"{images:,} images: {peaks[-1]:,.1f} MiB")
     small, large = peaks
     found = {"ours": large, "peer": small, "ratio": round(large / small, 3), "unit": "MiB"}

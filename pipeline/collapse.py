@@ -21,9 +21,9 @@ GAIN = 1.2  # kNN of a run that learns, over the untrained encoder's: below, it 
 CROP = 0.7  # area of an image that the smallest crops must go below, or views are too alike
 
 CAUSES = {
-    "crop": "views are then told by their colors, and what is in an image is not learned (a contest "
-    "entry of 16 % fell to 2.1 %); a view with crop_p of 0.5 or more and crop_scale from 0.7 or "
-    "less is expected",
+    "crop": "views are then told by their colors, and what is in an image is not learned (a "
+    "contest entry had 2.1 % without, 16 % with it); a view with crop_p of 0.5 or more and "
+    "crop_scale from 0.7 or less is expected",
     "spread": "all images get nearly the same embedding; usual causes: a learning rate too high or "
     "without warm-up, a missing safeguard of the method (predictor, momentum, queue, batch norm in "
     "the head), a batch too small",

@@ -40,7 +40,8 @@ def processor() -> str:
     lines = known.read_text().splitlines() if known.is_file() else []
     name = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), name)
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+    kind = torch.backends.cpu.get_cpu_capability()  # which decides the speed more than the name
+    return f"{name} ({kind}), {threads} thread{'s' if threads > 1 else ''}"
 
 
 def peak_memory() -> float | None:

@@ -228,7 +228,7 @@ class Trainer:
         hparams = {"tensorboard": {"purge_step": start}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=hparams)
         alone = self.accelerator.num_processes == 1
-        if start == 0 and self.judge is not None and self.evals:
+        if start == 0 and self.judge is not None and self.evaluate is not None and self.evals:
             self._evaluate(0)  # what there is to improve on
         saved = tick = time.monotonic()
         self.module.train()

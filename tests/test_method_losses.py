@@ -10,9 +10,9 @@ from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, 
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.contrastive import info_nce
 from pipeline.methods.barlow_twins import redundancy
 from pipeline.methods.byol import regression
-from pipeline.methods.moco import info_nce
 from pipeline.methods.self_classifier import uniform_prior_loss
 from pipeline.methods.swav import sinkhorn
 
@@ -40,6 +40,18 @@ def test_info_nce_is_lightlys_with_a_memory_bank(batch: int, queue: int) -> None
     theirs.memory_bank.bank = negatives.clone()  # which it updates in place
     ours = info_nce(F.normalize(q, dim=1), F.normalize(k, dim=1), negatives, 0.2)
     assert_same(ours, theirs(q, k), q)
+
+
+def test_large_batches_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MoCo's logits by rows, the Self-Classifier's by heads: the same loss and gradients."""
+    q, k = random(7, 6), torch.randn(7, 6, dtype=torch.float64)
+    negatives = torch.randn(5, 6, dtype=torch.float64)
+    method, z = small("SelfClassifier").double(), random(3, 7, 5)
+    whole = info_nce(q, k, negatives, 0.2), method.loss(z)
+    monkeypatch.setattr("pipeline.contrastive.QUERIES", 3)
+    monkeypatch.setattr("pipeline.methods.self_classifier.ROWS", 3)
+    assert_same(info_nce(q, k, negatives, 0.2), whole[0], q)
+    assert_same(method.loss(z), whole[1], z, *method.heads.parameters())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

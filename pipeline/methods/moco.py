@@ -7,19 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.batch_norm import groups, split_batch_norm
+from pipeline.contrastive import info_nce
 from pipeline.encoders import features
 from pipeline.memory import Queue, follow, rising
 from pipeline.methods.base import Method, check_above, check_fraction, mlp
-
-
-def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """Cross entropy of the right key among it and the negatives (arXiv 1911.05722, equation 1).
-
-    `queries` and `keys` [b, d] and `negatives` [k, d] are expected at unit length.
-    """
-    positive = (queries * keys).sum(1, keepdim=True)  # [b, 1]
-    logits = torch.cat([positive, queries @ negatives.T], 1) / temperature  # [b, 1 + k]
-    return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 
 class MoCo(Method):
@@ -47,8 +38,7 @@ class MoCo(Method):
             queue: keys of earlier steps that serve as negatives.
             momentum: of the key encoder.
             final_momentum: what it rises to along half a cosine; null keeps it.
-            symmetric: every view is query and key once.  Keys join the queue after the step: none
-                of its own batch is a negative.
+            symmetric: every view is query and key once; no key of its own batch is a negative.
             bn_group: images that are normalized together; 0 leaves batch norm as it is.
             hidden: width of the head's hidden layer; 0 takes the encoder's.
             output: width of the projections.

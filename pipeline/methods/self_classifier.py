@@ -6,9 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.encoders import features
 from pipeline.methods.base import Method, check_above, entropy_of, mlp
+
+ROWS = 512  # images of a batch beyond which one head's logits are in memory at a time
 
 
 def uniform_prior_loss(logits: Tensor, row: float, column: float) -> Tensor:
@@ -76,9 +79,15 @@ class SelfClassifier(Method):
         return F.normalize(self.together(views), dim=2)
 
     def loss(self, projections: Tensor) -> Tensor:
-        logits = [head(projections) for head in self.heads]  # each [v, B, k]
-        self._predicted = (logits[0][0].detach() / self.row).log_softmax(1)
-        losses = [uniform_prior_loss(x, self.row, self.column) for x in logits]
+        def of(head: nn.Module) -> Tensor:
+            return uniform_prior_loss(head(projections), self.row, self.column)  # [v, B, k]
+
+        self._predicted = (
+            (self.heads[0](projections[0].detach()) / self.row).log_softmax(1).detach()
+        )
+        if projections.shape[1] <= ROWS:
+            return torch.stack([of(head) for head in self.heads]).mean()
+        losses = [checkpoint(of, head, use_reentrant=False) for head in self.heads]
         return torch.stack(losses).mean()
 
     def signs(self) -> dict[str, Tensor]:
