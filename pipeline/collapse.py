@@ -12,7 +12,8 @@ from pipeline.views import View
 ROWS = 256  # embeddings looked at: enough for a rank of tens, cheap at every log line
 STEPS = 100  # of a run before which nothing is judged: a trial of the program is no run
 GRACE = 0.1  # fraction of a run before which nothing is judged
-SPREAD = 0.05  # below: all images have nearly one embedding
+LINES = 3  # log lines in a row that have to show a sign
+SPREAD = 0.02  # below: all images have nearly one embedding; healthy runs begin at 0.05 or more
 RANK = 2.0  # below: embeddings lie on a line
 ENTROPY = 0.1  # below: nearly all images are assigned to one class
 SETTLED = 0.5  # fraction of a run from which kNN is judged
@@ -85,8 +86,9 @@ def judge(history: Sequence[Mapping[str, float]], along: float) -> str | None:
         return None
     if along >= GRACE:
         for sign, low in LOWEST.items():
-            if sign in newest and not newest[sign] >= low:
-                name, what = sign, f"{sign} is {newest[sign]:.3f} {where}, below {low}"
+            last = [h[sign] for h in history if sign in h][-LINES:]
+            if len(last) == LINES and not any(value >= low for value in last):
+                name, what = sign, f"{sign} is {last[-1]:.3f} {where}, below {low}"
     untrained = next((h["knn"] for h in history if "knn" in h and h["step"] == 0), 0.0)
     if along >= SETTLED and newest.get("knn", math.inf) < GAIN * untrained:
         name = "knn"

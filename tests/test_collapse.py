@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import InputError, config
-from pipeline.collapse import CAUSES, GAIN, GRACE, LOWEST, STEPS, judge, judge_views, signs_of
+from pipeline.collapse import (
+    CAUSES,
+    GAIN,
+    GRACE,
+    LINES,
+    LOWEST,
+    STEPS,
+    judge,
+    judge_views,
+    signs_of,
+)
 from pipeline.methods.base import entropy_of
 from pipeline.runs import read_json
 from pipeline.views import View
@@ -84,15 +94,16 @@ def test_every_method_tells_its_signs(variant: str) -> None:
 
 @pytest.mark.parametrize("sign", LOWEST)
 def test_a_sign_below_its_limit_is_named_with_causes(sign: str) -> None:
-    bad = [{"step": STEPS, sign: LOWEST[sign] * 0.99}]
+    bad = [{"step": STEPS, sign: LOWEST[sign] * 0.99}] * LINES
     wrong = judge(bad, GRACE)
     assert wrong is not None
     assert f"{sign} is " in wrong
     assert CAUSES[sign] in wrong
-    assert judge([{"step": STEPS, sign: math.nan}], GRACE) is not None
-    assert judge([{"step": STEPS, sign: LOWEST[sign]}], GRACE) is None
+    assert judge([{"step": STEPS, sign: math.nan}] * LINES, GRACE) is not None
+    assert judge([*bad, {"step": STEPS, sign: LOWEST[sign]}], GRACE) is None
+    assert judge(bad[1:], GRACE) is None  # once is no collapse
     assert judge(bad, GRACE - 0.01) is None  # too early to tell
-    assert judge([{"step": STEPS - 1, sign: 0.0}], 1) is None
+    assert judge([{"step": STEPS - 1, sign: 0.0}] * LINES, 1) is None
 
 
 def test_knn_is_held_against_the_untrained_encoders() -> None:
@@ -166,6 +177,7 @@ def test_one_cropped_view_is_enough() -> None:
 def test_a_run_logs_every_sign(tiny_contest: Path, method: str) -> None:
     small = {"BarlowTwins": 32, "BYOL": 32, "SelfClassifier": 32, "SwAV": 32}
     options = [f"--pretrain.method={method}", "--pretrain.steps=10", f"--entry={method}"]
+    options += ["--pretrain.optimizer.lr=0.001"]
     if method in small:
         options += [f"--pretrain.method.hidden={small[method]}"]
     folder = run(*options)
