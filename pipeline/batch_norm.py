@@ -91,8 +91,10 @@ class SplitBatchNorm(_Replacement):
         variances = self.running_var.repeat(len(parts), 1)
         zipped = zip(parts, means, variances, strict=True)
         y = torch.cat([self._normalize(*of_group) for of_group in zipped])
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
+        with torch.no_grad():  # of the groups of all ranks, so that all keep the same
+            moved = all_reduce(torch.stack([means.mean(0), variances.mean(0)])) / world_size()
+            self.running_mean.copy_(moved[0])
+            self.running_var.copy_(moved[1])
         self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return y
 

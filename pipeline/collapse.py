@@ -18,6 +18,7 @@ RANK = 2.0  # below: embeddings lie on a line
 ENTROPY = 0.1  # below: nearly all images are assigned to one class
 SETTLED = 0.5  # fraction of a run from which kNN is judged
 GAIN = 1.2  # kNN of a run that learns, over the untrained encoder's: below, it learns nothing
+LESS = 0.1  # or the part of the untrained encoder's errors that it takes away, where that is less
 
 CROP = 0.7  # area of an image that the smallest crops must go below, or views are too alike
 
@@ -51,7 +52,7 @@ def signs_of(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     pairs of images (arXiv 2005.10242, section 4.1).
     """
     step = -(-len(a) // ROWS)
-    a, b = (F.normalize(z[::step].float(), dim=1) for z in (a, b))
+    a, b = (F.normalize(z[::step].float().cpu(), dim=1) for z in (a, b))
     centered = a - a.mean(0)
     # singular values are the roots of the eigenvalues of the smaller of the two products
     small = centered.T @ centered if a.shape[0] > a.shape[1] else centered @ centered.T
@@ -59,12 +60,14 @@ def signs_of(a: Tensor, b: Tensor) -> dict[str, Tensor]:
     p = values / values.sum().clamp_min(1e-12)
     distances = torch.pdist(a).square()
     uniformity = (-2 * distances).logsumexp(0) - math.log(max(len(distances), 1))
-    return {
+    found = {
         "spread": (centered.square().mean() * a.shape[1]).sqrt(),
-        "rank": torch.special.entr(p).sum().exp(),
         "alignment": (a - b).square().sum(1).mean(),
         "uniformity": uniformity,
     }
+    if min(len(a) - 1, a.shape[1]) >= 2 * RANK:  # else it cannot tell anything
+        found["rank"] = torch.special.entr(p).sum().exp()
+    return found
 
 
 def judge_views(views: Sequence[View]) -> str | None:
@@ -81,16 +84,21 @@ def judge(history: Sequence[Mapping[str, float]], along: float) -> str | None:
     kNN is held against the entry of step 0, the untrained encoder's.
     """
     newest, where = history[-1], f"after {along:.0%} of the run"
-    name, what = "", ""
     if newest["step"] < STEPS:
         return None
-    if along >= GRACE:
-        for sign, low in LOWEST.items():
-            last = [h[sign] for h in history if sign in h][-LINES:]
-            if len(last) == LINES and not any(value >= low for value in last):
-                name, what = sign, f"{sign} is {last[-1]:.3f} {where}, below {low}"
-    untrained = next((h["knn"] for h in history if "knn" in h and h["step"] == 0), 0.0)
-    if along >= SETTLED and newest.get("knn", math.inf) < GAIN * untrained:
-        name = "knn"
+    first = max(STEPS, GRACE * newest["step"] / max(along, 1e-9))
+    lines = [h for h in history[-3 * LINES :] if "loss" in h and h["step"] >= first][-LINES:]
+    for sign, low in LOWEST.items():
+        last = [h[sign] for h in lines if sign in h]
+        if len(last) == LINES and not any(value >= low for value in last):
+            return _collapsed(sign, f"{sign} is {last[-1]:.3f} {where}, below {low}")
+    untrained = history[0].get("knn", 0.0) if history[0]["step"] == 0 else 0.0
+    wanted = min(GAIN * untrained, untrained + LESS * (100 - untrained))
+    if along >= SETTLED and newest.get("knn", math.inf) < wanted:
         what = f"kNN is {newest['knn']:.2f} % {where}, untrained it was {untrained:.2f} %"
-    return f"the encoder has collapsed: {what}: {CAUSES[name]}" if name else None
+        return _collapsed("knn", what)
+    return None
+
+
+def _collapsed(sign: str, what: str) -> str:
+    return f"the encoder has collapsed: {what}: {CAUSES[sign]}"

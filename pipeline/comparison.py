@@ -39,14 +39,20 @@ def outcome(entry: str, contest: Contest) -> dict[str, Any]:
     }
 
 
-def holds(old: Any, new: Any) -> bool:
-    """Whether all that decided a run is the same now; what a recipe could not say then does not
-    count, as its default is what the run was made with.
+def holds(old: Any, new: Any, default: Any) -> bool:
+    """Whether all that decided a run is the same now; what a recipe could not say then has to be at
+    its default, which is what the run was made with.
     """
     if isinstance(old, dict) and isinstance(new, dict):
-        return all(key in new and holds(value, new[key]) for key, value in old.items())
+        default = default if isinstance(default, dict) else {}
+        added = [key for key in new if key not in old]
+        return (
+            all(k in new and holds(v, new[k], default.get(k)) for k, v in old.items())
+            and all(key in default and new[key] == default[key] for key in added)
+        )  # fmt: skip
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return all(holds(*pair) for pair in zip(old, new, strict=True))
+        one = default[0] if isinstance(default, list) and default else None
+        return all(holds(*pair, one) for pair in zip(old, new, strict=True))
     return bool(old == new)
 
 

@@ -41,6 +41,7 @@ def _forget_other_class(parser: Any, before: Any, value: Any) -> None:
         before["init_args"] = Namespace()
 
 
+assert hasattr(jsonargparse._typehints, "discard_init_args_on_class_path_change")
 jsonargparse._typehints.discard_init_args_on_class_path_change = _forget_other_class
 
 

@@ -58,6 +58,11 @@ class Feed:
         self.parts = self.batch_size // part
         self.ticks = 1 if self.parts == 1 else 2 * self.parts
         group, own = self.method.group if self.method else 1, part // a.num_processes
+        if group > 1 and self.batch_size < 2 * group:
+            raise InputError(
+                f"{type(self.method).__name__}: batch norm is over groups of {group} images and "
+                f"batch_size is {self.batch_size}; two groups or more are expected"
+            )
         if own < self.batch_size and own % group:
             raise InputError(
                 f"{type(self.method).__name__}: batch norm is over groups of {group} images, but a "

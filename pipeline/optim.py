@@ -45,6 +45,8 @@ class Optimizer:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise InputError(f"optimizer: lr is {self.lr}; above 0 is expected")
+        if self.bias_lr < 0:
+            raise InputError(f"optimizer: bias_lr is {self.bias_lr}; 0 or more is expected")
         if not 0 <= self.warmup < 1:
             raise InputError(f"optimizer: warmup is {self.warmup}; from 0 to below 1 is expected")
 

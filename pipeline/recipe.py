@@ -116,7 +116,7 @@ class Pretrain:
         _check_schedule("pretrain", self)
         if sum(view.count for view in self.views) < 2:
             raise InputError("pretrain: 2 views or more are expected of an image")
-        _check_least("pretrain", self, knn_evals=0, knn_images=2, micro_batch=1)
+        _check_least("pretrain", self, knn_evals=0, knn_images=2, micro_batch=2)
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,8 @@ class Trainer:
         alone = self.accelerator.num_processes == 1
         if start == 0 and self.judge is not None and self.evaluate is not None and self.evals:
             self._evaluate(0)  # what there is to improve on
+        elif start == total and self.judge is not None and self.history:
+            self.judge(self.history, 1.0)  # a run that was stopped by it at its end stays stopped
         saved = tick = time.monotonic()
         self.module.train()
         with (

@@ -110,6 +110,10 @@ class View:
         if self.crop_ratio[0] <= 0:
             raise InputError(f"views: crop_ratio is {list(self.crop_ratio)}; above 0 is expected")
 
+    def pixels(self, resolution: int) -> int:
+        """Pixels of the view at a resolution."""
+        return max(1, round(self.size * resolution))
+
 
 WHOLE = View(1, crop_p=0, flip_p=0, jitter_p=0, grayscale_p=0, blur_p=0)
 """No augmentation at all: the image, resized."""
@@ -199,7 +203,7 @@ class Views:
         dtype = self.dtype or matmul_dtype(self.device)
         chosen = range(len(self.views)) if only is None else only
         views = [self.views[k] for k in chosen]
-        sizes = [self.pixels(k, size) for k in chosen]
+        sizes = [view.pixels(size) for view in views]
         drawn = [
             self._maps(v, u[k], images, s) for k, v, s in zip(chosen, views, sizes, strict=True)
         ]
@@ -215,10 +219,6 @@ class Views:
                 own = {k: t[part] for k, t in maps.items()}
                 result[part] = self._augment(planes, view, own, s)
         return results
-
-    def pixels(self, view: int, size: int) -> int:
-        """The pixels of a view at the resolution `size`."""
-        return max(1, round(self.views[view].size * size))
 
     def _memory(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         """A tensor of any content, in the memory held under `name`."""

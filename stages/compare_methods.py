@@ -71,7 +71,10 @@ class Entrant:
         if not self.record_file(seed).is_file():
             return None
         found: dict[str, Any] = runs.read_json(self.record_file(seed), "make compare-methods")
-        return found if comparison.holds(found.get("facts"), self.facts(seed)) else None
+        now, method = self.facts(seed), self.plain["pretrain"]["method"]["class_path"]
+        _, _, plain = config.parse("", argv=["--pretrain.method", method])
+        defaults = runs.Run.of(Path(), plain, SECTIONS, []).facts
+        return found if comparison.holds(found.get("facts"), now, defaults) else None
 
     def recorded(self) -> list[dict[str, Any]]:
         """The records of all its seeds."""

@@ -67,7 +67,7 @@ def run(
         )
     torch.manual_seed(recipe.seed)
     encoder = encoder_for(asdict(recipe.encoder))
-    for size in {max(1, round(r * view.size)) for r in c.resolutions for view in c.views}:
+    for size in {view.pixels(r) for r in c.resolutions for view in c.views}:
         check_size(encoder, size)
     method = c.method(encoder)
     synchronize_batch_norm(method, accelerator.device)
@@ -127,8 +127,13 @@ def run(
 
 
 def _judge(on_collapse: str, history: list[dict[str, float]], along: float) -> None:
-    """Stop the run, or say it, where its newest signs are those of a collapse."""
-    _stop_or_say(on_collapse, judge(history, along))
+    """Stop the run, or say it once in a twentieth of it, where its newest signs are those of a
+    collapse.
+    """
+    before = history[-2]["step"] if len(history) > 1 else 0
+    total = history[-1]["step"] / along
+    if on_collapse == "stop" or int(20 * before / total) < int(20 * along):
+        _stop_or_say(on_collapse, judge(history, along))
 
 
 def _stop_or_say(on_collapse: str, wrong: str | None) -> None:

@@ -82,6 +82,9 @@ def test_mocos_keys_are_grouped_otherwise_than_its_queries(batch: int, group: in
 
 def test_without_groups_keys_come_as_they_are() -> None:
     assert MoCo(SmallEncoder(), queue=4, bn_group=0).target_order(8) is None
+    bare = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))  # no batch norm, nothing to guard
+    bare.num_features = 8  # type: ignore[assignment]
+    assert MoCo(bare, queue=4, bn_group=4).target_order(8) is None
 
 
 def test_frozen_statistics_stay() -> None:

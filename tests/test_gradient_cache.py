@@ -94,6 +94,7 @@ def test_the_graph_of_one_part_only_is_alive() -> None:
     assert alive == [2 * PART] * 3  # two views of a part in one batch
 
 
+MOCO = ["--pretrain.method=MoCo", "--pretrain.method.bn_group=4"]
 OPTIONS = ["--pretrain.batch_size=16", "--pretrain.steps=4", "--pretrain.log_steps=1"]
 
 
@@ -126,12 +127,19 @@ def test_groups_of_moco_are_the_same_in_parts(tiny_contest: Path) -> None:
     ("options", "message"),
     [
         (["--pretrain.micro_batch=5"], "batch_size is 16 and micro_batch 5; a multiple"),
-        (["--pretrain.micro_batch=0"], "pretrain: micro_batch is 0; 1 or more is expected"),
+        (["--pretrain.micro_batch=1"], "pretrain: micro_batch is 1; 2 or more is expected"),
         (
-            ["--pretrain.micro_batch=4", "--pretrain.method=MoCo"],
-            "MoCo: batch norm is over groups of 32 images, but a process takes 4 at a time",
+            ["--pretrain.micro_batch=2", *MOCO],
+            "MoCo: batch norm is over groups of 4 images, but a process takes 2 at a time",
         ),
-        (["--pretrain.method=MoCo", "--pretrain.views=[{count: 3}]"], "MoCo takes 2 views of an"),
+        (
+            ["--pretrain.method=MoCo", "--pretrain.method.bn_group=8", "--pretrain.batch_size=12"],
+            "MoCo: batch norm is over groups of 8 images and batch_size is 12; two groups or more",
+        ),
+        (
+            [*MOCO, "--pretrain.views=[{count: 3}]"],
+            "MoCo takes 2 views of an image; 3 are in the recipe",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_one_clear_line(

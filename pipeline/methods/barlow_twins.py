@@ -42,7 +42,8 @@ class BarlowTwins(Method):
         super().__init__()
         check_above(self, off_diagonal=off_diagonal, hidden=hidden, output=output, depth=depth)
         self.encoder, self.off_diagonal = encoder, off_diagonal
-        self.projector = mlp([features(encoder), *[hidden] * (depth - 1), output])
+        widths = [features(encoder), *[hidden] * (depth - 1), output]
+        self.projector = mlp(widths, last_bias=False)
 
     def project(self, views: list[Tensor]) -> Tensor:
         return torch.stack([self.projector(self.encoder(view)) for view in views])

@@ -30,7 +30,9 @@ class Method(nn.Module):
     group: int = 1
     """Images that a process or micro-batch must hold whole numbers of."""
     pair: tuple[Tensor, Tensor]
-    """Embeddings [B, d] of two views in the newest batch, without gradient."""
+    """Projections [B, d] of two views in the newest batch, without gradient; with a slow copy the
+    second is its target.
+    """
 
     def project(self, views: list[Tensor]) -> Tensor:
         """The queried views, each [b, 3, s, s], to projections [v, b, d]."""
@@ -107,16 +109,17 @@ def mlp(
     widths: Sequence[int],
     norm: bool = True,
     last_norm: bool = False,
+    last_bias: bool = True,
     activation: type[nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
     """Linear layers of `widths`, from input to output, with batch norm where asked and an
-    activation between them; a layer has a bias where no batch norm follows.
+    activation between them; a layer has a bias where no batch norm follows (the last if asked).
     """
     layers: list[nn.Module] = []
     last = len(widths) - 2
     for k, (inputs, outputs) in enumerate(pairwise(widths)):
         normed = norm if k < last else last_norm
-        layers.append(nn.Linear(inputs, outputs, bias=not normed))
+        layers.append(nn.Linear(inputs, outputs, bias=not normed and (k < last or last_bias)))
         layers += [nn.BatchNorm1d(outputs)] if normed else []
         layers += [activation(inplace=True)] if k < last else []
     return nn.Sequential(*layers)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.batch_norm import groups, split_batch_norm
+from pipeline.batch_norm import SplitBatchNorm, groups, split_batch_norm
 from pipeline.contrastive import info_nce
 from pipeline.encoders import features
 from pipeline.memory import Queue, follow, rising
@@ -47,10 +47,12 @@ class MoCo(Method):
         check_above(self, temperature=temperature, queue=queue, output=output)
         self.momentum = momentum, momentum if final_momentum is None else final_momentum
         check_fraction(self, momentum=momentum, final_momentum=self.momentum[1])
-        check_above(self, -1, bn_group=bn_group)
-        self.temperature, self.group = temperature, bn_group or 1
+        check_above(self, -1, bn_group=bn_group, hidden=hidden)
+        self.temperature = temperature
         self.queried, self.keyed = ((0, 1), (0, 1)) if symmetric else ((0,), (1,))
         self.encoder = split_batch_norm(encoder, bn_group) if bn_group else encoder
+        if any(isinstance(module, SplitBatchNorm) for module in encoder.modules()):
+            self.group = bn_group
         width = features(encoder)
         self.projector = mlp([width, hidden or width, output], norm=False)
         slow = nn.ModuleList([self.encoder, self.projector])

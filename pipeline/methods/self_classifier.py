@@ -30,7 +30,7 @@ def uniform_prior_loss(logits: Tensor, row: float, column: float) -> Tensor:
     cross = -torch.einsum("ibk,jbk->ij", target, log_p) / b  # [v, v]
     view = torch.arange(v, device=logits.device)
     pairs = (view[:, None] != view) & ((view[:, None] < 2) | (view < 2))
-    return cross[pairs].mean()
+    return (cross * pairs).sum() / (4 * v - 6)  # 2 pairs of global views, 4 with each local one
 
 
 class SelfClassifier(Method):
@@ -82,13 +82,13 @@ class SelfClassifier(Method):
         def of(head: nn.Module) -> Tensor:
             return uniform_prior_loss(head(projections), self.row, self.column)  # [v, B, k]
 
-        self._predicted = (
-            (self.heads[0](projections[0].detach()) / self.row).log_softmax(1).detach()
-        )
         if projections.shape[1] <= ROWS:
             return torch.stack([of(head) for head in self.heads]).mean()
         losses = [checkpoint(of, head, use_reentrant=False) for head in self.heads]
         return torch.stack(losses).mean()
 
+    @torch.no_grad()
     def signs(self) -> dict[str, Tensor]:
-        return super().signs() | {"assignment_entropy": entropy_of(self._predicted)}
+        log_p = [(head(self.pair[0]) / self.row).log_softmax(1) for head in self.heads]
+        lowest = torch.stack([entropy_of(x) for x in log_p]).min()
+        return super().signs() | {"assignment_entropy": lowest}

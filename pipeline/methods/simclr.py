@@ -35,6 +35,7 @@ class SimCLR(Method):
         """
         super().__init__()
         check_above(self, temperature=temperature, depth=depth, output=output)
+        check_above(self, -1, hidden=hidden)
         self.encoder, self.temperature = encoder, temperature
         self.cosine, self.decoupled = similarity == "cosine", decoupled
         width = features(encoder)

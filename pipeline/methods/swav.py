@@ -11,8 +11,8 @@ from pipeline.methods.base import Method, check_above, check_fraction, entropy_o
 
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int, weights: Tensor | None) -> Tensor:
-    """Assignments [b, k], each of sum 1, that use all prototypes alike, from scores [b, k]
-    (section 3.1, equations 3 to 5; its factors 1/k and 1/b cancel).  Weights [b] are 1 or 0.
+    """Assignments [b, k] of sum 1 that use all prototypes alike (section 3.1, equations 3 to 5;
+    its factors 1/k and 1/b cancel), from scores [b, k]; weights [b] are 1 or 0.
     """
     q = ((scores - scores.max()) / epsilon).exp()
     if weights is not None:
@@ -39,7 +39,7 @@ class SwAV(Method):
     ) -> None:
         """Predicts from a view how the others of its image are assigned to prototypes.
 
-        The first two views are assigned, the whole batch together; local crops only predict.
+        The first two views are assigned, the whole batch together; local views only predict.
 
         Args:
             encoder: maps [b, 3, s, s] to [b, features(encoder)].
@@ -48,14 +48,14 @@ class SwAV(Method):
             epsilon: of the Sinkhorn algorithm; larger is more even.
             iterations: of the Sinkhorn algorithm.
             freeze: fraction of the run in which the prototypes stay as they are.
-            queue: older embeddings of a view that are assigned beside a batch that is small.
-            queue_start: fraction of the run from which the queue is filled; it counts once full.
+            queue: older embeddings of a view that are assigned beside a small batch, once full.
+            queue_start: fraction of the run from which the queue is filled.
             hidden: width of the head's hidden layer.
             output: width of the projections.
         """
         super().__init__()
-        check_above(self, prototypes=prototypes, temperature=temperature, epsilon=epsilon)
-        check_above(self, iterations=iterations, hidden=hidden, output=output)
+        check_above(self, temperature=temperature, epsilon=epsilon, iterations=iterations)
+        check_above(self, 1, prototypes=prototypes, hidden=hidden, output=output)
         check_above(self, -1, queue=queue)
         check_fraction(self, freeze=freeze, queue_start=queue_start)
         self.encoder, self.temperature, self.freeze = encoder, temperature, freeze
@@ -70,19 +70,18 @@ class SwAV(Method):
     def loss(self, projections: Tensor) -> Tensor:
         scores = projections @ self.prototypes.T  # [v, B, k]
         log_p = (scores / self.temperature).log_softmax(2)
-        self._newest, self._predicted = projections[:2].detach(), log_p[0].detach()
-        q = [self._assign(k, scores[k].detach()) for k in (0, 1)]
-        others = [log_p[[j for j in range(len(log_p)) if j != k]].mean(0) for k in (0, 1)]
-        return torch.stack([-(a * b).sum(1).mean() for a, b in zip(q, others, strict=True)]).mean()
+        self._newest = projections[:2].detach()
+        q = torch.stack([self._assign(k, scores[k].detach()) for k in (0, 1)])  # [2, B, k]
+        others = (log_p.sum(0) - log_p[:2]) / (len(log_p) - 1)  # mean of the other views
+        return -(q * others).sum(2).mean()
 
     def _assign(self, view: int, scores: Tensor) -> Tensor:
         if self.queue is None:
             return sinkhorn(scores, self.epsilon, self.iterations, None)
         older = self.queue.entries[view].to(scores.dtype) @ self.prototypes.detach().T
         full = (self.queue.born >= 0).all().to(scores.dtype).expand(len(older))
-        weights = torch.cat([torch.ones_like(scores[:, 0]), full])
-        both = torch.cat([scores, older])
-        return sinkhorn(both, self.epsilon, self.iterations, weights)[: len(scores)]
+        both, ones = torch.cat([scores, older]), torch.ones_like(scores[:, 0])
+        return sinkhorn(both, self.epsilon, self.iterations, torch.cat([ones, full]))[: len(scores)]
 
     def before_update(self, progress: float) -> None:
         if progress < self.freeze:
@@ -94,6 +93,8 @@ class SwAV(Method):
         if self.queue is not None and progress >= self.queue_start:
             self.queue.push(self._newest)
 
+    @torch.no_grad()
     def signs(self) -> dict[str, Tensor]:
-        age = {} if self.queue is None else {"queue_age": self.queue.age()}
-        return super().signs() | age | {"assignment_entropy": entropy_of(self._predicted)}
+        log_p = (self.pair[0] @ self.prototypes.T / self.temperature).log_softmax(1)
+        found = super().signs() | {"assignment_entropy": entropy_of(log_p)}
+        return found if self.queue is None else found | {"queue_age": self.queue.age()}
