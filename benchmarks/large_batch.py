@@ -1,10 +1,12 @@
 """Peak anonymous memory of pretraining at batch 4,096 in micro-batches of 128, beside batch 128.
 
-python -m benchmarks.large_batch [--method SimCLR --size 96 --batch 4096 --micro 128 --steps 2]
-The stage itself runs in a process of its own for each side, on the same contest of black pictures;
-peak RssAnon is read from /proc while it trains.  There are two steps, as the first is made before
-the optimizer has its buffers; of the small batch there are several times as many, until its peak no
-longer grows.  Further arguments (--pretrain.method.queue 4096) go to the stage on both sides.
+python -m benchmarks.large_batch [--methods SimCLR MoCo --size 64 --batch 4096 --micro 128]
+The stage itself runs for every method in a process of its own for each side, on the same contest of
+black pictures; peak RssAnon is read from /proc while it trains.  There are two steps, as the first
+is made before the optimizer has its buffers; of the small batch there are eight times as many,
+until its peak no longer grows.  What the large batch needs more does not depend on the size of the
+pictures: smaller ones are the harder test.  Further arguments (--pretrain.method.queue 4096) go to
+the stage on both sides.  The figures in the last line are those of the worst method.
 """
 
 import json
@@ -13,37 +15,41 @@ import time
 from argparse import ArgumentParser
 from pathlib import Path
 
+import pipeline.methods  # noqa: F401  (its files register themselves as subclasses of Method)
 from benchmarks.memory import make_contest, peak
+from pipeline.methods.base import Method
 
-SMALL_STEPS = 8  # of the small batch for one of the large
+STEPS, SMALL_STEPS = 2, 16
 
 
 def main() -> None:
+    found = sorted(kind.__name__ for kind in Method.__subclasses__())
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--method", default="SimCLR")
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--methods", nargs="+", choices=found, default=found)
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--micro", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=2)
     o, further = parser.parse_known_args()
-    common = ["--pretrain.method", o.method, "--pretrain.resolutions", f"[{o.size}]", *further]
-    common += ["--pretrain.optimizer.lr", "1e-9"]  # black pictures teach nothing
-    peaks = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         make_contest(Path(folder), 2 * o.batch)
-        for batch, steps in ((o.batch, o.steps), (o.micro, SMALL_STEPS * o.steps)):
-            size = ["--pretrain.batch_size", f"{batch}", "--pretrain.steps", f"{steps}"]
-            size += ["--pretrain.micro_batch", f"{o.micro}", "--entry", f"batch-{batch}"]
-            began = time.monotonic()
-            peaks.append(round(peak(Path(folder), [*common, *size]), 1))
-            seconds = time.monotonic() - began
-            print(
-                f"batch {batch:,}: {peaks[-1]:,.1f} MiB, {seconds:,.0f} s for {steps} steps",
-                flush=True,
-            )
-    large, small = peaks
-    found = {"ours": large, "peer": small, "ratio": round(large / small, 3), "unit": "MiB"}
-    print(json.dumps({"benchmark": "large_batch", "method": o.method, **found}))
+        for method in o.methods:
+            options = ["--pretrain.method", method, "--pretrain.resolutions", f"[{o.size}]"]
+            options += ["--pretrain.optimizer.lr", "1e-9", *further]  # black pictures teach nothing
+            peaks = []
+            for batch, steps in ((o.batch, STEPS), (o.micro, SMALL_STEPS)):
+                sizes = ["--pretrain.batch_size", f"{batch}", "--pretrain.steps", f"{steps}"]
+                sizes += ["--pretrain.micro_batch", f"{o.micro}", "--entry", f"{method}-{batch}"]
+                began = time.monotonic()
+                peaks.append(peak(Path(folder), [*options, *sizes]))
+                seconds = time.monotonic() - began
+                print(f"{method}, batch {batch:,}: {peaks[-1]:,.1f} MiB, {seconds:,.0f} s")
+            rows.append((peaks[0] / peaks[1], *peaks, method))
+            print(f"{method}: ratio {rows[-1][0]:.3f}", flush=True)
+    ratio, large, small, _ = max(rows)
+    result = {"ours": round(large, 1), "peer": round(small, 1), "ratio": round(ratio, 3)}
+    result |= {"unit": "MiB", "methods": {name: round(r, 3) for r, _, _, name in rows}}
+    print(json.dumps({"benchmark": "large_batch", **result}))
 
 
 if __name__ == "__main__":

@@ -231,3 +231,25 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(calls: list[Cal
     Path("docs/methods.md").write_text("# Methods\n")
     refused(file, r"docs/methods\.md: <!-- .* once each, are expected")
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ({"a": 1}, {"a": 1}, True),
+        ({"a": 1}, {"a": 2}, False),
+        ({"a": 1}, {"a": 1, "b": 0}, True),  # a later field, at its default
+        ({"a": 1}, {"a": 1, "b": 9}, False),  # and one that the recipe sets
+        ({"a": 1, "b": 0}, {"a": 1}, False),
+        ({"options": {}}, {"options": {"drop_path_rate": 0.3}}, False),
+        ({"views": [{"p": 1}, {"p": 2}]}, {"views": [{"p": 1, "size": 1}] * 2}, False),
+        ({"views": [{"p": 1}] * 2}, {"views": [{"p": 1, "size": 1}] * 2}, True),
+        ({"views": [{"p": 1}]}, {"views": [{"p": 1, "size": 2}]}, False),
+        ({"views": [{"p": 1}]}, {"views": [{"p": 1}] * 2}, False),
+    ],
+)
+def test_a_record_holds_while_what_decided_it_is_the_same(
+    old: dict[str, object], new: dict[str, object], same: bool
+) -> None:
+    default = {"a": 5, "b": 0, "options": {}, "views": [{"p": 0, "size": 1}]}
+    assert comparison.holds(old, new, default) == same
