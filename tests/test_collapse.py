@@ -183,13 +183,11 @@ def test_one_cropped_view_is_enough() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_logs_every_sign(tiny_contest: Path, method: str) -> None:
-    small = {"BarlowTwins": 32, "BYOL": 32, "SelfClassifier": 32, "SwAV": 32}
     options = [f"--pretrain.method={method}", "--pretrain.steps=10", f"--entry={method}"]
     options += ["--pretrain.optimizer.lr=0.001"]
     if method == "MoCo":
         options += ["--pretrain.method.bn_group=4"]
-    if method in small:
-        options += [f"--pretrain.method.hidden={small[method]}"]
+    options += ["--pretrain.method.hidden=32", "--pretrain.method.output=32"]
     folder = run(*options)
     logged = [h for h in read_json(folder / "history.json", "") if "loss" in h]
     assert {"spread", "rank", "alignment", "uniformity"} <= logged[-1].keys()
