@@ -135,24 +135,34 @@ WITHOUT_SAFEGUARD = ["--pretrain.method=BYOL", "--pretrain.method.predictor=fals
 WITHOUT_SAFEGUARD += ["--pretrain.method.momentum=0", "--pretrain.method.final_momentum=0"]
 WITHOUT_SAFEGUARD += ["--pretrain.method.hidden=64", "--pretrain.method.output=32"]
 WITHOUT_SAFEGUARD += ["--pretrain.optimizer.lr=0.5", "--pretrain.optimizer.lr_rule=constant"]
-WITHOUT_SAFEGUARD += ["--pretrain.resolutions=[32]", "--pretrain.steps=300"]
+WITHOUT_SAFEGUARD += ["--pretrain.resolutions=[32]", "--pretrain.steps=120"]
 
 
 def test_a_method_without_its_safeguard_is_stopped(tiny_contest: Path) -> None:
     """BYOL without predictor and slow copy: all images get one embedding."""
+    options = [*WITHOUT_SAFEGUARD, "--entry=bare", "--pretrain.knn_evals=0"]
     with pytest.raises(InputError, match=r"has collapsed: (spread|rank) is [01]\.") as error:
-        run(*WITHOUT_SAFEGUARD, "--entry=bare")
+        run(*options)
     assert "missing safeguard" in str(error.value)
-    with pytest.raises(InputError, match="has collapsed"):  # nor when it is started again
-        run(*WITHOUT_SAFEGUARD, "--entry=bare")
     assert "docs/methods.md" in str(error.value)
+    assert Path("runs/bare/pretrain/checkpoint.pt").is_file()  # of its end, where it was judged
+    with pytest.raises(InputError, match="has collapsed"):  # so it is when started again
+        run(*options)
     assert not Path("runs/bare/pretrain/encoder.safetensors").exists()
+
+
+def test_a_run_that_learns_nothing_is_stopped(
+    tiny_contest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its kNN accuracy, which is that of the untrained encoder all along."""
+    monkeypatch.setattr(pretrain, "knn_accuracy", lambda *_: 10.0)
+    with pytest.raises(InputError, match=r"kNN is 10\.00 % after 100% of the run, untrained"):
+        run("--pretrain.steps=100", "--pretrain.knn_evals=2", "--entry=same")
 
 
 def test_with_its_safeguard_it_goes_on(tiny_contest: Path) -> None:
     """The same run with predictor and slow copy."""
     options = [o for o in WITHOUT_SAFEGUARD if "momentum" not in o and "predictor" not in o]
-    options[-1] = "--pretrain.steps=120"
     folder = run(*options, "--entry=whole", "--pretrain.knn_evals=0")
     history = read_json(folder / "history.json", "")
     assert history[-1]["spread"] > LOWEST["spread"]
