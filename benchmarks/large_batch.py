@@ -42,8 +42,8 @@ def main() -> None:
                 sizes += ["--pretrain.micro_batch", f"{o.micro}", "--entry", f"{method}-{batch}"]
                 began = time.monotonic()
                 peaks.append(peak(Path(folder), [*options, *sizes]))
-                seconds = time.monotonic() - began
-                print(f"{method}, batch {batch:,}: {peaks[-1]:,.1f} MiB, {seconds:,.0f} s")
+                took = f"{time.monotonic() - began:,.0f} s"
+                print(f"{method}, batch {batch:,}: {peaks[-1]:,.1f} MiB, {took}", flush=True)
             rows.append((peaks[0] / peaks[1], *peaks, method))
             print(f"{method}: ratio {rows[-1][0]:.3f}", flush=True)
     ratio, large, small, _ = max(rows)
