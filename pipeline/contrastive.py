@@ -21,7 +21,7 @@ BLOCK = 512
 """Rows at a time.  OMP_NUM_THREADS=1 python -m benchmarks.nt_xent --images 4096 --block BLOCK: 64,
 256, 512 and 1,024 take 0.45, 0.41, 0.41 and 0.44 of the whole matrix's time.
 """
-QUERIES = 512  # queries whose logits are in memory at a time; with more they are computed twice
+LOGITS = 1 << 23  # of InfoNCE, in memory at a time; where there are more, each is computed twice
 
 
 def nt_xent(
@@ -127,8 +127,9 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
         logits = torch.cat([positive, queries @ negatives.T], 1) / temperature  # [b, 1 + k]
         return (logits.logsumexp(1) - logits[:, 0]).sum()
 
-    if len(queries) <= QUERIES:
+    rows = max(1, LOGITS // len(negatives))
+    if len(queries) <= rows:
         return summed(queries, keys) / len(queries)
-    parts = zip(queries.split(QUERIES), keys.split(QUERIES), strict=True)
+    parts = zip(queries.split(rows), keys.split(rows), strict=True)
     sums = [checkpoint(summed, q, k, use_reentrant=False) for q, k in parts]
     return torch.stack(sums).sum() / len(queries)

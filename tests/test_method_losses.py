@@ -48,7 +48,7 @@ def test_large_batches_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> No
     negatives = torch.randn(5, 6, dtype=torch.float64)
     method, z = small("SelfClassifier").double(), random(3, 7, 5)
     whole = info_nce(q, k, negatives, 0.2), method.loss(z)
-    monkeypatch.setattr("pipeline.contrastive.QUERIES", 3)
+    monkeypatch.setattr("pipeline.contrastive.LOGITS", 15)  # 3 rows
     monkeypatch.setattr("pipeline.methods.self_classifier.ROWS", 3)
     assert_same(info_nce(q, k, negatives, 0.2), whole[0], q)
     assert_same(method.loss(z), whole[1], z, *method.heads.parameters())  # type: ignore[union-attr]
