@@ -15,7 +15,7 @@ PLAIN_ROWS = 128
 
 OMP_NUM_THREADS=1 python -m benchmarks.nt_xent --images 16 32 48 64 96 128: blocks take 1.07, 1.06,
 1.00, 1.01, 0.96 and 0.91 of its time at 32, 64, 96, 128, 192 and 256 rows of d = 128.  On two
-threads, at 512, 2,048 and 8,192 rows: 0.63, 0.59 and 0.36.  Not measured on a GPU.
+threads, at 512, 2,048 and 8,192 rows: 0.63, 0.56 and 0.40.  Not measured on a GPU.
 """
 BLOCK = 512
 """Rows at a time.  OMP_NUM_THREADS=1 python -m benchmarks.nt_xent --images 4096 --block BLOCK: 64,

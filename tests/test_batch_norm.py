@@ -16,7 +16,7 @@ from pipeline.batch_norm import (
 from pipeline.encoders import build_encoder
 from pipeline.methods.moco import MoCo
 
-from .small_methods import SmallEncoder, small
+from .small_methods import SmallEncoder, built, feed_of, reader, small
 
 
 @pytest.mark.parametrize(("images", "sizes"), [(8, [4, 4]), (4, [4]), (3, [3]), (10, [5, 5])])
@@ -96,3 +96,19 @@ def test_frozen_statistics_stay() -> None:
     assert layer.num_batches_tracked == 0
     torch.testing.assert_close(frozen, layer(x))  # by the batch's statistics all the same
     assert layer.num_batches_tracked == 1
+
+
+def test_a_query_meets_its_own_key_whatever_the_order() -> None:
+    """With the statistics of evaluation groups make no difference, if keys are put in order again:
+    in a batch at once, and in what a feed reads for the slow copy.
+    """
+    method = built("MoCo, symmetric").eval()
+    feed = feed_of("MoCo, symmetric", method, 12, 0, 1)
+    views, keys = reader(feed, 0)(0)
+    in_order = reader(feed_of("MoCo, symmetric", built("SimCLR"), 12, 0, 1), 0)(0)[0]
+    assert not torch.equal(keys[0], in_order[0])
+    fed, at_once = method(views, keys), method(in_order)
+    method.group = 1  # nothing is put in another order
+    expected = method(in_order, in_order)
+    torch.testing.assert_close(fed, expected)
+    torch.testing.assert_close(at_once, expected)
