@@ -1,5 +1,6 @@
 """Contrastive losses (NT-Xent, its decoupled form, InfoNCE) without all similarities in memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ BLOCK = 512
 """Rows at a time.  OMP_NUM_THREADS=1 python -m benchmarks.nt_xent --images 4096 --block BLOCK: 64,
 256, 512 and 1,024 take 0.45, 0.41, 0.41 and 0.44 of the whole matrix's time.
 """
-LOGITS = 1 << 23  # of InfoNCE, in memory at a time; where there are more, each is computed twice
+LOGITS = 1 << 23  # of InfoNCE or SwAV, in memory at a time
 
 
 def nt_xent(
@@ -127,9 +128,16 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
         logits = torch.cat([positive, queries @ negatives.T], 1) / temperature  # [b, 1 + k]
         return (logits.logsumexp(1) - logits[:, 0]).sum()
 
-    rows = max(1, LOGITS // len(negatives))
-    if len(queries) <= rows:
-        return summed(queries, keys) / len(queries)
-    parts = zip(queries.split(rows), keys.split(rows), strict=True)
-    sums = [checkpoint(summed, q, k, use_reentrant=False) for q, k in parts]
-    return torch.stack(sums).sum() / len(queries)
+    return sum_by_parts(summed, len(negatives), queries, keys) / len(queries)
+
+
+def sum_by_parts(function: Callable[..., Tensor], logits: int, *rows: Tensor) -> Tensor:
+    """The sum of `function` over parts of tensors of as many rows, of which each takes `logits`
+    numbers in memory; where there are several parts, each is computed twice.
+    """
+    size = max(1, LOGITS // logits)
+    if len(rows[0]) <= size:
+        return function(*rows)
+    parts = zip(*(tensor.split(size) for tensor in rows), strict=True)
+    sums = [checkpoint(function, *part, use_reentrant=False) for part in parts]
+    return torch.stack(sums).sum()

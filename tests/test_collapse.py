@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import InputError, config
+from pipeline.assignments import assignment_entropy
 from pipeline.collapse import (
     CAUSES,
     GAIN,
@@ -21,7 +22,6 @@ from pipeline.collapse import (
     judge_views,
     signs_of,
 )
-from pipeline.methods.base import entropy_of
 from pipeline.runs import read_json
 from pipeline.views import View
 from stages import pretrain
@@ -70,13 +70,18 @@ def test_signs_of_any_number_of_images(n: int) -> None:
     assert signs_of(a, a)["alignment"].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_entropy_of_assignments() -> None:
-    assert entropy_of(torch.full((5, 4), 0.25).log()).item() == pytest.approx(1)
-    one = torch.zeros(5, 4)
-    one[:, 2] = 1
-    assert entropy_of(one.clamp_min(1e-30).log()).item() == pytest.approx(0, abs=1e-6)
-    apart = torch.eye(4).clamp_min(1e-30).log()  # each image sure, all classes used alike
-    assert entropy_of(apart).item() == pytest.approx(1)
+def test_entropy_of_assignments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.assignments.LOGITS", 12)  # 3 rows at a time
+    classes = torch.eye(4)
+    rows = {
+        "unsure": torch.zeros(5, 4),
+        "all in one": 9.0 * classes[[2]].expand(5, 4),
+        "each in its own": 9.0 * classes,
+        "two of four": 9.0 * classes[[0, 0, 3, 3]],
+    }
+    found = {name: assignment_entropy(x, classes, 0.1).item() for name, x in rows.items()}
+    expected = {"unsure": 1, "all in one": 0, "each in its own": 1, "two of four": 0.5}
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -10,11 +10,10 @@ from lightly.loss import BarlowTwinsLoss, NegativeCosineSimilarity, NTXentLoss, 
 from torch import Tensor
 from torch.nn import functional as F
 
+from pipeline.assignments import sinkhorn, uniform_prior_loss
 from pipeline.contrastive import info_nce
 from pipeline.methods.barlow_twins import redundancy
 from pipeline.methods.byol import regression
-from pipeline.methods.self_classifier import uniform_prior_loss
-from pipeline.methods.swav import sinkhorn
 
 from .small_methods import small
 
@@ -43,15 +42,19 @@ def test_info_nce_is_lightlys_with_a_memory_bank(batch: int, queue: int) -> None
 
 
 def test_large_batches_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MoCo's logits by rows, the Self-Classifier's by heads: the same loss and gradients."""
+    """MoCo's and SwAV's logits by rows, the Self-Classifier's by classes: the same loss and
+    gradients.
+    """
     q, k = random(7, 6), torch.randn(7, 6, dtype=torch.float64)
     negatives = torch.randn(5, 6, dtype=torch.float64)
-    method, z = small("SelfClassifier").double(), random(3, 7, 5)
-    whole = info_nce(q, k, negatives, 0.2), method.loss(z)
-    monkeypatch.setattr("pipeline.contrastive.LOGITS", 15)  # 3 rows
-    monkeypatch.setattr("pipeline.methods.self_classifier.ROWS", 3)
+    methods, z = [small(name).double() for name in ("SelfClassifier", "SwAV")], random(3, 7, 5)
+    whole = info_nce(q, k, negatives, 0.2), *(method.loss(z) for method in methods)
+    monkeypatch.setattr("pipeline.contrastive.LOGITS", 3 * 5)
+    monkeypatch.setattr("pipeline.assignments.LOGITS", 2 * 3 * 7)
     assert_same(info_nce(q, k, negatives, 0.2), whole[0], q)
-    assert_same(method.loss(z), whole[1], z, *method.heads.parameters())  # type: ignore[union-attr]
+    for method, expected in zip(methods, whole[1:], strict=True):
+        used = [p for name, p in method.named_parameters() if "heads" in name or "proto" in name]
+        assert_same(method.loss(z), expected, z, *used)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -175,18 +178,25 @@ def self_classifier_by_loops(logits: Tensor, row: float, column: float) -> float
 
 @pytest.mark.parametrize("shape", [(2, 5, 3), (4, 3, 6), (2, 1, 2)])
 def test_self_classifier_equals_the_papers_loops(shape: tuple[int, int, int]) -> None:
-    logits = torch.randn(*shape, dtype=torch.float64)
-    got = uniform_prior_loss(logits, 0.3, 0.2).item()
+    rows, classes = random(*shape[:2], 4), random(shape[2], 4)
+    got = uniform_prior_loss(rows, classes, 0.3, 0.2).item()
+    logits = (rows @ classes.T).detach()
     assert got == pytest.approx(self_classifier_by_loops(logits, 0.3, 0.2), rel=1e-10, abs=1e-12)
 
 
-def test_self_classifier_gradient_is_that_of_finite_differences() -> None:
-    assert torch.autograd.gradcheck(lambda x: uniform_prior_loss(x, 0.3, 0.2), random(3, 4, 3))
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_self_classifier_gradient_is_that_of_finite_differences(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.assignments.LOGITS", 3 * 4 * block)
+    inputs = random(3, 4, 2), random(5, 2)
+    assert torch.autograd.gradcheck(lambda *x: uniform_prior_loss(*x, 0.3, 0.2), inputs)
 
 
 def test_self_classifier_prefers_classes_used_alike() -> None:
     """Images in four classes of their own cost less than all in one, whose loss is log 4."""
-    apart = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
-    together = torch.eye(4, dtype=torch.float64)[:1].expand(2, 4, 4)
-    assert uniform_prior_loss(apart, 0.1, 0.05).item() < 0.01
-    assert uniform_prior_loss(together, 0.1, 0.05).item() == pytest.approx(math.log(4))
+    classes = torch.eye(4, dtype=torch.float64)
+    apart, together = classes.repeat(2, 1, 1), classes[:1].expand(2, 4, 4)
+    assert uniform_prior_loss(apart, classes, 0.1, 0.05).item() < 0.01
+    alike = uniform_prior_loss(together, classes, 0.1, 0.05).item()
+    assert alike == pytest.approx(math.log(4))

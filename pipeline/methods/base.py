@@ -1,6 +1,5 @@
 """What a pretraining method is."""
 
-import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 
@@ -123,15 +122,6 @@ def mlp(
         layers += [nn.BatchNorm1d(outputs)] if normed else []
         layers += [activation(inplace=True)] if k < last else []
     return nn.Sequential(*layers)
-
-
-def entropy_of(log_p: Tensor) -> Tensor:
-    """Entropy of the mean of distributions exp(log_p) [b, k], over log k: 1 where all classes are
-    used alike, 0 where one is.
-    """
-    mean = log_p.exp().mean(0)
-    entropy: Tensor = torch.special.entr(mean).sum() / math.log(len(mean))
-    return entropy
 
 
 def check_above(method: nn.Module, low: float = 0, **values: float) -> None:

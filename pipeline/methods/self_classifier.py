@@ -1,36 +1,13 @@
 """Self-Classifier: Self-Supervised Classification Network (arXiv 2103.10994)."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
-from torch.utils.checkpoint import checkpoint
 
+from pipeline.assignments import assignment_entropy, uniform_prior_loss
 from pipeline.encoders import features
-from pipeline.methods.base import Method, check_above, entropy_of, mlp
-
-ROWS = 512  # images of a batch beyond which one head's logits are in memory at a time
-
-
-def uniform_prior_loss(logits: Tensor, row: float, column: float) -> Tensor:
-    """Cross entropy of two views' class posteriors with a uniform prior over the classes (section
-    3.2, equation 5), averaged over pairs of views of which one is among the first two.
-
-    `logits` [v, b, k].  A view's target is p(x | y), a softmax over the batch at temperature
-    `column`, normalized over the classes; the other view's prediction is p(y | x), a softmax over
-    the classes at temperature `row`, normalized over the batch and times b / k.  In logarithms
-    throughout, so nothing has to be added to keep them finite.
-    """
-    v, b, k = logits.shape
-    target = (logits / column).log_softmax(1).softmax(2)  # [v, b, k]
-    log_p = (logits / row).log_softmax(2)
-    log_p = log_p - log_p.logsumexp(1, keepdim=True) + math.log(b / k)
-    cross = -torch.einsum("ibk,jbk->ij", target, log_p) / b  # [v, v]
-    view = torch.arange(v, device=logits.device)
-    pairs = (view[:, None] != view) & ((view[:, None] < 2) | (view < 2))
-    return (cross * pairs).sum() / (4 * v - 6)  # 2 pairs of global views, 4 with each local one
+from pipeline.methods.base import Method, check_above, mlp
 
 
 class SelfClassifier(Method):
@@ -79,16 +56,13 @@ class SelfClassifier(Method):
         return F.normalize(self.together(views), dim=2)
 
     def loss(self, projections: Tensor) -> Tensor:
-        def of(head: nn.Module) -> Tensor:
-            return uniform_prior_loss(head(projections), self.row, self.column)  # [v, B, k]
-
-        if projections.shape[1] <= ROWS:
-            return torch.stack([of(head) for head in self.heads]).mean()
-        losses = [checkpoint(of, head, use_reentrant=False) for head in self.heads]
+        losses = [
+            uniform_prior_loss(projections, head.weight, self.row, self.column)  # type: ignore[arg-type]
+            for head in self.heads
+        ]
         return torch.stack(losses).mean()
 
     @torch.no_grad()
     def signs(self) -> dict[str, Tensor]:
-        log_p = [(head(self.pair[0]) / self.row).log_softmax(1) for head in self.heads]
-        lowest = torch.stack([entropy_of(x) for x in log_p]).min()
-        return super().signs() | {"assignment_entropy": lowest}
+        entropies = [assignment_entropy(self.pair[0], h.weight, self.row) for h in self.heads]  # type: ignore[arg-type]
+        return super().signs() | {"assignment_entropy": torch.stack(entropies).min()}

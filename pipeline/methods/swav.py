@@ -4,23 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.assignments import assignment_entropy, sinkhorn
+from pipeline.contrastive import sum_by_parts
 from pipeline.encoders import features
 from pipeline.memory import Queue
-from pipeline.methods.base import Method, check_above, check_fraction, entropy_of, mlp
-
-
-@torch.no_grad()
-def sinkhorn(scores: Tensor, epsilon: float, iterations: int, weights: Tensor | None) -> Tensor:
-    """Assignments [b, k] of sum 1 that use all prototypes alike (section 3.1, equations 3 to 5;
-    its factors 1/k and 1/b cancel), from scores [b, k]; weights [b] are 1 or 0.
-    """
-    q = ((scores - scores.max()) / epsilon).exp()
-    if weights is not None:
-        q = q * weights[:, None]
-    for _ in range(iterations):
-        q /= q.sum(0)
-        q /= q.sum(1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
-    return q
+from pipeline.methods.base import Method, check_above, check_fraction, mlp
 
 
 class SwAV(Method):
@@ -68,20 +56,30 @@ class SwAV(Method):
         return F.normalize(self.together(views), dim=2)
 
     def loss(self, projections: Tensor) -> Tensor:
-        scores = projections @ self.prototypes.T  # [v, B, k]
-        log_p = (scores / self.temperature).log_softmax(2)
+        v, b, _ = projections.shape
         self._newest = projections[:2].detach()
-        q = torch.stack([self._assign(k, scores[k].detach()) for k in (0, 1)])  # [2, B, k]
-        others = (log_p.sum(0) - log_p[:2]) / (len(log_p) - 1)  # mean of the other views
-        return -(q * others).sum(2).mean()
 
-    def _assign(self, view: int, scores: Tensor) -> Tensor:
-        if self.queue is None:
-            return sinkhorn(scores, self.epsilon, self.iterations, None)
-        older = self.queue.entries[view].to(scores.dtype) @ self.prototypes.detach().T
-        full = (self.queue.born >= 0).all().to(scores.dtype).expand(len(older))
-        both, ones = torch.cat([scores, older]), torch.ones_like(scores[:, 0])
-        return sinkhorn(both, self.epsilon, self.iterations, torch.cat([ones, full]))[: len(scores)]
+        def summed(z: Tensor, *assigned: Tensor) -> Tensor:
+            log_p = (z.transpose(0, 1) @ self.prototypes.T / self.temperature).log_softmax(2)
+            others = (log_p.sum(0) - log_p[:2]) / (v - 1)  # mean of the other views, [2, b, k]
+            return -torch.stack(
+                [(q * p).sum() for q, p in zip(assigned, others, strict=True)]
+            ).sum()
+
+        assigned = [self._assigned(view) for view in (0, 1)]
+        logits = v * len(self.prototypes)  # of an image
+        return sum_by_parts(summed, logits, projections.transpose(0, 1), *assigned) / (2 * b)
+
+    @torch.no_grad()
+    def _assigned(self, view: int) -> Tensor:
+        """How the newest images are assigned by one of their views [B, k]."""
+        rows, weights = self._newest[view], None
+        b = len(rows)
+        if self.queue is not None:
+            rows = torch.cat([rows, self.queue.entries[view].to(rows.dtype)])
+            weights = torch.ones_like(rows[:, 0])
+            weights[b:] = (self.queue.born >= 0).all()
+        return sinkhorn(rows @ self.prototypes.T, self.epsilon, self.iterations, weights)[:b]
 
     def before_update(self, progress: float) -> None:
         if progress < self.freeze:
@@ -95,6 +93,6 @@ class SwAV(Method):
 
     @torch.no_grad()
     def signs(self) -> dict[str, Tensor]:
-        log_p = (self.pair[0] @ self.prototypes.T / self.temperature).log_softmax(1)
-        found = super().signs() | {"assignment_entropy": entropy_of(log_p)}
+        entropy = assignment_entropy(self.pair[0], self.prototypes, self.temperature)
+        found = super().signs() | {"assignment_entropy": entropy}
         return found if self.queue is None else found | {"queue_age": self.queue.age()}
