@@ -213,6 +213,10 @@ class Contest:
             parts.append((self.packed(split), part.index))
         return Pool(parts)
 
+    def splits_with(self, *, unlabeled: bool) -> list[str]:
+        """All splits, or all but unlabeled."""
+        return [split for split in self.splits if unlabeled or split != "unlabeled"]
+
     def usable(self, split: str) -> Integers:
         """Indices of the split's usable images, in increasing order."""
         return np.sort(self.manifest(split).usable().index)

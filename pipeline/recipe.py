@@ -133,6 +133,8 @@ class Evaluate:
     """Images in a forward pass."""
     resolution: int | None = None
     """Pixels of the embedded images; null takes the last of pretrain's."""
+    unlabeled: bool = True
+    """Embed the unlabeled split too, as label requests need it."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,8 @@ class Finetune:
     """What plateaus and choices look at; val is refused in a rehearsal."""
     evals: int = 10
     """How often the held-out images are looked at over the run."""
+    unlabeled: bool = True
+    """Classify the unlabeled split too in the end, as pseudo-labels need it."""
     precision: Literal["auto", "bf16", "no"] = "auto"
     """auto: bf16 where the processor supports it."""
     checkpoint_minutes: float = 10.0

@@ -26,12 +26,12 @@ class Options:
 
 
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
-    """Embed every split, unless the finished embeddings of these weights are there."""
+    """Embed the splits, unless the finished embeddings of these weights are there."""
     contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
     finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
     weights = finished.with_name("encoder.safetensors")
     inputs = [contest.folder / "contest.json", weights]
-    decides = plain | {"evaluate": {"resolution": recipe.evaluate.resolution}}
+    decides = plain | {"evaluate": {k: plain["evaluate"][k] for k in ("resolution", "unlabeled")}}
     facts = runs.Run.of(entry / "embeddings", decides, ("evaluate",), inputs)
     if facts.is_current() and not force:
         runs.say(f"{facts.folder} is up to date (--force runs it anew)")
@@ -44,7 +44,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     encoder.load_state_dict(tensors)
     encoder.to(accelerator.device)
     size = recipe.evaluate.resolution or meta["resolution"]
-    for split in contest.splits:
+    for split in contest.splits_with(unlabeled=recipe.evaluate.unlabeled):
         file = facts.folder / f"{split}.npy"
         width, batch = features(encoder), recipe.evaluate.batch_size
         predict_split(encoder, contest, split, file, width, size, batch, unit=True)

@@ -35,7 +35,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Evaluate the embeddings, unless that was done; the scores are in scores.json."""
     contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
     folder = runs.finished(entry / "embeddings", "make embed")
-    files = {split: folder / f"{split}.npy" for split in contest.splits}
+    splits = contest.splits_with(unlabeled=recipe.evaluate.unlabeled)
+    files = {split: runs.require(folder / f"{split}.npy", "make embed") for split in splits}
     inputs = [contest.folder / "contest.json", *files.values()]
     facts = runs.Run.of(entry / "evaluate", plain, ("evaluate",), inputs)
     if facts.is_current() and not force:

@@ -112,7 +112,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         "std": contest.std,
     }
     metadata |= {"resolution": size, "transfer": c.init == "outside"}
-    for split in contest.splits:
+    for split in contest.splits_with(unlabeled=c.unlabeled):
         exact = split != "unlabeled"  # as the organizers compute
         file, k = folder / "logits" / f"{split}.npy", contest.classes
         predict_split(final, contest, split, file, k, size, exact=exact)
