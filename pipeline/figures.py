@@ -20,8 +20,8 @@ Color = str
 
 INK, SOFT, MIST, PALE, PAPER = "#1f2430", "#7a8194", "#c5cede", "#dfe3ec", "#ffffff"
 BLUE, GREEN, RED, AMBER = "#2f6fde", "#1f9d6b", "#d64545", "#e0a030"
-_HEAT = LinearSegmentedColormap.from_list("heat", [PAPER, "#cfe0fb", "#6d9df0", BLUE, "#12306e"])
-_FEW = 30  # classes whose names fit into a picture
+HEAT = LinearSegmentedColormap.from_list("heat", [PAPER, "#cfe0fb", "#6d9df0", BLUE, "#12306e"])
+FEW = 30  # classes whose names fit into a picture
 _CELLS = 200  # of a confusion matrix, that an eye can tell apart
 _TILE, _GAP, _MARGIN, _FRAME = 112, 12, 28, 5  # pixels
 
@@ -62,7 +62,7 @@ def image_rows(
             sheet.paste(_fitted(tile.image), (x, y))
             draw.text(
                 (x + _TILE / 2, y + _TILE + 13),
-                _short(tile.caption),
+                shortened(tile.caption),
                 tile.frame or SOFT,
                 small,
                 "mm",
@@ -82,7 +82,7 @@ def _fitted(image: npt.NDArray[np.uint8]) -> Image.Image:
     return square
 
 
-def _axes(figure: Figure, where: tuple[float, float, float, float], title: str) -> Axes:
+def house_axes(figure: Figure, where: tuple[float, float, float, float], title: str) -> Axes:
     """Axes at (left, bottom, width, height) of the figure, in the house's style."""
     axes = figure.add_axes(where)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
@@ -95,7 +95,7 @@ def _axes(figure: Figure, where: tuple[float, float, float, float], title: str) 
     return axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     with replacing(path) as aside:
         figure.savefig(aside, format="png", dpi=110, bbox_inches="tight", pad_inches=0.3)
 
@@ -109,20 +109,18 @@ def confusion(path: Path, labels: Ints, predicted: Ints, names: Sequence[str]) -
     """
     counts = confusion_counts(labels, predicted, len(names))
     shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    few, block = len(names) <= _FEW, -(-len(names) // _CELLS)
+    few, block = len(names) <= FEW, -(-len(names) // _CELLS)
     side = max(3.2, 0.42 * len(names)) if few else 7.0
     figure = Figure((side + 2, side + 1))
     where = (1 / (side + 2), 0.5 / (side + 1), side / (side + 2), side / (side + 1))
     accuracy = 100 * float(np.trace(counts)) / max(len(labels), 1)
-    axes = _axes(figure, where, f"{accuracy:.1f} % of {len(labels):,} images right")
+    axes = house_axes(figure, where, f"{accuracy:.1f} % of {len(labels):,} images right")
     axes.grid(False)
     starts = np.arange(0, len(names), block)
     cells = np.maximum.reduceat(np.maximum.reduceat(shares, starts, 0), starts, 1)
     edges = (-0.5, len(starts) * block - 0.5)
     norm = PowerNorm(0.5, 0, 100)
-    axes.imshow(
-        cells, cmap=_HEAT, norm=norm, interpolation="nearest", extent=(*edges, *edges[::-1])
-    )
+    axes.imshow(cells, cmap=HEAT, norm=norm, interpolation="nearest", extent=(*edges, *edges[::-1]))
     axes.set_xlabel("predicted", color=INK)
     axes.set_ylabel("true", color=INK)
     if few:
@@ -135,7 +133,7 @@ def confusion(path: Path, labels: Ints, predicted: Ints, names: Sequence[str]) -
     else:
         words = _in_words(counts, names)
         axes.text(1.04, 1, words, va="top", fontsize=9, color=INK, transform=axes.transAxes)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _in_words(counts: Ints, names: Sequence[str]) -> str:
@@ -145,17 +143,17 @@ def _in_words(counts: Ints, names: Sequence[str]) -> str:
     lines = ["most often confused (true → predicted)"]
     for t, p in zip(*np.unravel_index(pairs, counts.shape), strict=True):
         if wrong[t, p]:
-            lines.append(f"{wrong[t, p]:>5}   {_short(names[t])} → {_short(names[p])}")
+            lines.append(f"{wrong[t, p]:>5}   {shortened(names[t])} → {shortened(names[p])}")
     seen = np.flatnonzero(counts.sum(1))
     right = 100 * np.diag(counts)[seen] / counts.sum(1)[seen]
     order = np.argsort(right, kind="stable")
     for what, chosen in (("hardest classes", order[:8]), ("easiest classes", order[::-1][:8])):
         lines += ["", what]
-        lines += [f"{right[k]:>5.0f} %   {_short(names[seen[k]])}" for k in chosen]
+        lines += [f"{right[k]:>5.0f} %   {shortened(names[seen[k]])}" for k in chosen]
     return "\n".join(lines)
 
 
-def _short(name: str, length: int = 20) -> str:
+def shortened(name: str, length: int = 20) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
@@ -174,7 +172,7 @@ def curve(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
     steps = [point["step"] for point in history]
     for row, panel in enumerate(panels):
         bottom = 1 - (0.75 + 2.7 * (row + 1) - 0.55) / height
-        axes = _axes(figure, (0.09, bottom, 0.86, 1.95 / height), "")
+        axes = house_axes(figure, (0.09, bottom, 0.86, 1.95 / height), "")
         for key, color in zip(panel, (BLUE, GREEN, AMBER, RED) * len(panel), strict=False):
             points = [(p["step"], p[key]) for p in history if key in p]
             marker = "o" if len(points) <= 40 else None
@@ -187,7 +185,7 @@ def curve(path: Path, history: Sequence[dict[str, float]], title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if row == len(panels) - 1:
             axes.set_xlabel("step", color=SOFT)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def coverage(
@@ -206,8 +204,8 @@ def coverage(
     """
     figure = Figure((12, 5))
     figure.text(0.03, 0.93, title, fontsize=13, color=INK, va="center")
-    few, order = len(names) <= _FEW, np.argsort(-predicted, kind="stable")
-    axes = _axes(figure, (0.06, 0.25 if few else 0.13, 0.5, 0.55 if few else 0.67), "")
+    few, order = len(names) <= FEW, np.argsort(-predicted, kind="stable")
+    axes = house_axes(figure, (0.06, 0.25 if few else 0.13, 0.5, 0.55 if few else 0.67), "")
     axes.set_title("unlabeled images of each predicted class", loc="left", color=INK, fontsize=11)
     for counts, color, what in ((predicted, MIST, "predicted"), (accepted, BLUE, "pseudo-labeled")):
         label = f"{what}, {counts.sum():,}"
@@ -218,10 +216,12 @@ def coverage(
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     axes.set_xlim(*((-0.6, len(names) - 0.4) if few else (0, len(names))))
     if few:
-        axes.set_xticks(range(len(names)), [_short(names[k]) for k in order], rotation=90)
+        axes.set_xticks(range(len(names)), [shortened(names[k]) for k in order], rotation=90)
     else:
         axes.set_xlabel(f"{len(names)} classes, most often predicted first", color=SOFT)
-    right = _axes(figure, (0.63, 0.13, 0.34, 0.67), f"{len(correct):,} labeled images it never saw")
+    right = house_axes(
+        figure, (0.63, 0.13, 0.34, 0.67), f"{len(correct):,} labeled images it never saw"
+    )
     bins = np.clip((confidences * 10).astype(np.int64), 0, 9)
     n, hits = np.bincount(bins, minlength=10), np.bincount(bins, correct, 10)
     share = 100 * hits / np.maximum(n, 1)
@@ -234,4 +234,4 @@ def coverage(
     right.set(xlim=(0, 100), ylim=(0, 108))
     right.set_xlabel("confidence, %", color=SOFT)
     right.set_ylabel("right, %", color=SOFT)
-    _save(figure, path)
+    save_figure(figure, path)

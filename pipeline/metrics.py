@@ -16,7 +16,7 @@ _CELLS = 1 << 22  # numbers in a chunk: some tens of MB of temporaries
 _STRETCH = 25  # iterations of the linear classifier between two reports
 
 
-def _chunks(rows: int, width: int) -> Iterator[slice]:
+def chunks(rows: int, width: int) -> Iterator[slice]:
     step = max(1, _CELLS // max(width, 1))
     return (slice(start, start + step) for start in range(0, rows, step))
 
@@ -29,7 +29,7 @@ def top_k(logits: Floats, labels: Ints, ks: Sequence[int] = (1, 3, 5)) -> dict[i
     if not len(labels):
         return dict.fromkeys(ks, float("nan"))
     ranks = np.empty(len(labels), np.int64)
-    for rows in _chunks(*logits.shape):
+    for rows in chunks(*logits.shape):
         scores, label = logits[rows], labels[rows, None]
         own = np.take_along_axis(scores, label, axis=1)  # [b, 1]
         before = np.arange(logits.shape[1]) < label  # [b, classes]
@@ -42,7 +42,7 @@ def predictions(logits: Floats) -> tuple[Ints, Floats]:
     """The most probable class of each row of `logits` [n, classes] and its softmax probability."""
     labels = np.empty(len(logits), np.int64)
     confidences = np.empty(len(logits), np.float32)
-    for rows in _chunks(*logits.shape):
+    for rows in chunks(*logits.shape):
         x = logits[rows].astype(np.float64)
         labels[rows] = x.argmax(1)
         confidences[rows] = 1 / np.exp(x - x.max(1, keepdims=True)).sum(1)
@@ -59,7 +59,7 @@ def knn_predict(
     one with the larger similarities wins.  Classes without a vote score -inf: no top-k counts them.
     """
     scores = np.empty((len(similarities), classes), np.float32)
-    for rows in _chunks(len(similarities), max(classes, similarities.shape[1])):
+    for rows in chunks(len(similarities), max(classes, similarities.shape[1])):
         near, votes = similarities[rows].astype(np.float64), neighbor_labels[rows]
         near = near - near.max(1, keepdims=True)  # 0 for the nearest, at least -2 for unit vectors
         if temperature is None:

@@ -1,8 +1,10 @@
-"""Exact nearest neighbors and k-means by faiss, on a GPU where there is one: numpy in, numpy out.
+"""Nearest neighbors and k-means by faiss, on a GPU where there is one: numpy in, numpy out.
 
 faiss brings an OpenMP runtime of its own beside torch's; both follow OMP_NUM_THREADS and run in one
 process in either import order (a test holds it).
 """
+
+from collections.abc import Callable
 
 import faiss
 import numpy as np
@@ -15,6 +17,10 @@ Ints = npt.NDArray[np.int64]
 
 _GPU_K = 2048  # faiss's limit on k on a GPU
 _GPU_BYTES = 1 << 30  # of vectors, and of queries with their results, on the GPU at a time
+_CELL = 512  # rows of a cell, on average
+_PROBES = 24  # cells in which a row's neighbors are looked for
+_PAIRS = 1 << 32  # of rows whose similarities are all computed, at most, for a graph
+_DISTANCES = 1 << 30  # of rows and centers, in an iteration of k-means without cells
 
 
 def _gpus() -> int:
@@ -49,17 +55,79 @@ def search(queries: Floats, database: Floats, k: int) -> tuple[Floats, Ints]:
     return similarities, indices
 
 
+def graph(x: Floats, k: int, probes: int = _PROBES) -> tuple[Floats, Ints]:
+    """Every row's k nearest other rows among unit vectors `x` [n, d]: similarities and indices,
+    both [n, min(k, n - 1)], best first.
+
+    Exact on a GPU and up to 65,536 rows.  Beyond, rows are put into cells of some 500 by k-means,
+    and neighbors are looked for in the `probes` cells whose centers are nearest to that of a row's
+    own; `make bench NAME=selection` prints the recall.
+    """
+    n, k = len(x), min(k, max(len(x) - 1, 0))
+    if _gpus() or n * n <= _PAIRS:
+        return _without_itself(*search(x, x, k + 1), np.arange(n))
+    x = _plain(x)
+    centers, cell = kmeans(x, n // _CELL, 8, 0)
+    order = np.argsort(cell, kind="stable")
+    start = np.searchsorted(cell[order], np.arange(len(centers) + 1))
+    probes = max(probes, -(-2 * k // _CELL))
+    _, near = search(centers, centers, probes)
+    similarities, indices = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
+    with progress("nearest neighbors", n, "images") as advance:
+        for c in range(len(centers)):
+            own = order[start[c] : start[c + 1]]
+            those = np.concatenate([order[start[p] : start[p + 1]] for p in near[c]])
+            those = those if len(those) > k else order
+            found, places = search(x[own], x[those], k + 1)
+            similarities[own], indices[own] = _without_itself(found, those[places], own)
+            advance(len(own))
+    return similarities, indices
+
+
+def _without_itself(similarities: Floats, indices: Ints, rows: Ints) -> tuple[Floats, Ints]:
+    """The columns [n, k] of [n, k + 1] neighbors of `rows` [n] that are not the row itself, or
+    where others are as near as it the k first.
+    """
+    itself = indices == rows[:, None]
+    itself[~itself.any(1), -1] = True
+    shape = len(rows), indices.shape[1] - 1
+    return similarities[~itself].reshape(shape), indices[~itself].reshape(shape)
+
+
 def kmeans(x: Floats, k: int, iterations: int, seed: int) -> tuple[Floats, Ints]:
     """Spherical k-means of unit vectors `x` [n, d]: unit centers [k, d] and each row's center [n].
 
     Every row takes part (faiss would draw 256 per center by default).  A center that loses all its
-    rows is put beside a large one; where many rows are equal, some may still end without any.  The
-    same `seed` gives the same result, on a CPU whatever the number of threads.
+    rows is put beside a large one; where many rows are equal, some may still end without any.  On a
+    CPU, where n · k is above 2^30, rows are clustered into √k cells and these on their own into
+    numbers of clusters in proportion to their rows.  The same `seed` gives the same result, on a
+    CPU whatever the number of threads.
     Raises ValueError where k is not in 1 … n.
     """
     if not 0 < k <= len(x):
         raise ValueError(f"k-means of {len(x)} rows into {k} clusters; 1 to {len(x)} are possible")
     x = _plain(x)
+    if _gpus() or len(x) * k <= _DISTANCES:
+        with progress(f"k-means, {k:,} clusters", iterations, "iterations") as advance:
+            centers = _lloyd(x, k, iterations, seed, advance)
+        return centers, search(x, centers, 1)[1][:, 0]
+    _, cell = kmeans(x, round(k**0.5), iterations, seed)
+    order, sizes = np.argsort(cell, kind="stable"), np.bincount(cell)
+    rows = np.split(order, np.cumsum(sizes)[:-1])
+    parts, where, first = [], np.empty(len(x), np.int64), 0
+    with progress(f"k-means, {k:,} clusters", len(x), "images") as advance:
+        for own, count in zip(rows, shares(sizes, k), strict=True):
+            if len(own):
+                parts.append(_lloyd(x[own], int(count), iterations, seed))
+                where[own] = first + search(x[own], parts[-1], 1)[1][:, 0]
+                first += int(count)
+            advance(len(own))
+    return np.concatenate(parts), where
+
+
+def _lloyd(
+    x: Floats, k: int, iterations: int, seed: int, advance: Callable[[], None] = lambda: None
+) -> Floats:
     means = faiss.Kmeans(
         x.shape[1],
         k,
@@ -71,13 +139,34 @@ def kmeans(x: Floats, k: int, iterations: int, seed: int) -> tuple[Floats, Ints]
         gpu=_gpus(),
     )
     centers: Floats | None = None
-    with progress(f"k-means, {k:,} clusters", iterations, "iterations") as advance:
-        for _ in range(iterations):
-            means.train(x, init_centroids=centers)
-            centers = np.asarray(means.centroids, np.float32)
-            advance()
+    for _ in range(iterations):
+        means.train(x, init_centroids=centers)
+        centers = np.asarray(means.centroids, np.float32)
+        advance()
     assert centers is not None
-    return centers, search(x, centers, 1)[1][:, 0]
+    return centers
+
+
+def shares(sizes: Ints, total: int) -> Ints:
+    """`total` divided among groups in proportion to their `sizes` [g] (Sainte-Laguë): at least 1
+    of each that is not empty, where there are as many, and no more than its size.
+    """
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    place = place_in_group(group)
+    claim = np.where(place == 0, np.inf, sizes[group] / (place + 0.5))
+    taken: Ints = np.bincount(
+        group[np.argsort(-claim, kind="stable")[:total]], minlength=len(sizes)
+    )
+    return taken
+
+
+def place_in_group(groups: Ints) -> Ints:
+    """How many earlier rows of the same group there are, for each row's group [n]."""
+    order = np.argsort(groups, kind="stable")
+    first = np.flatnonzero(np.r_[True, np.diff(groups[order]) != 0]) if len(order) else order
+    place = np.empty(len(groups), np.int64)
+    place[order] = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
+    return place
 
 
 def nearest_distinct(centers: Floats, x: Floats) -> Ints:

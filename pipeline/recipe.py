@@ -15,7 +15,8 @@ from pipeline.methods.base import Method
 from pipeline.methods.simclr import SimCLR
 from pipeline.optim import Optimizer
 from pipeline.pseudo_labels import PseudoLabeler, TopFraction
-from pipeline.selection import KMeans, Strategy
+from pipeline.selection import Strategy
+from pipeline.strategies import KMeans
 from pipeline.views import View
 
 BUDGETS = ("epochs", "steps", "minutes")
@@ -140,9 +141,13 @@ class Evaluate:
 @dataclass(frozen=True)
 class LabelRequest:
     strategy: Callable[[], Strategy] = KMeans
-    """A class of pipeline/selection.py, with its arguments."""
+    """A class of pipeline/strategies.py, with its arguments."""
     budget: int = 12_800
     """Labels to ask for."""
+    near_duplicate: float = 0.99
+    """Cosine from which an image is a copy of another pick or of a labeled one; above 1: none."""
+    voters: list[str] = field(default_factory=list)
+    """Further entries whose latest fine-tuning votes beside this one's."""
     team: str = "00"
     """Team id NN in request_NN.csv."""
 

@@ -1,79 +1,148 @@
-"""Which images to ask labels for: each strategy maps (candidates, budget, seed) to images."""
+"""Which images to ask labels for: what a strategy sees, and the rules that its request keeps."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logsumexp
 
-from pipeline import InputError
-from pipeline.neighbours import kmeans, nearest_distinct
+from pipeline import InputError, runs
+from pipeline.manifest import Contest, read_manifest
+from pipeline.metrics import chunks, knn_predict
+from pipeline.neighbours import graph, kmeans, search
 
-_COARSE = 20  # groups that a strategy without clusters of its own is shown in
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+NEIGHBORS = 50  # of an image, in the graph
+_VOTES, _TEMPERATURE = 20, 0.07  # of the nearest labeled images
+_GROUPS = 20  # that a strategy without clusters of its own is shown in
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidates:
-    """What a strategy may look at.
+    """What a strategy may look at; positions are rows of `x`, in the order of `eligible`.
 
-    `embeddings` [n, d] float32 of unit length and `logits` [n, k] (or None) of the whole unlabeled
-    split; `eligible` [m] the sorted indices that may be asked for (not labeled, not duplicates, not
-    skipped); `labeled` [l, d] embeddings of the images whose labels are known.
+    `embeddings` [n, d] float32 of unit length and `logits` [n, classes], one array for each model
+    that votes (may be none), are of the whole unlabeled split; `eligible` [m] are the sorted
+    indices that may be asked for (not labeled, not byte-identical, not skipped) and `labeled`
+    [l, d] embeddings of the images whose `labels` [l] are known.  `near_duplicate` is the cosine
+    from which two images count as copies.
     """
 
-    embeddings: npt.NDArray[np.float32]
-    logits: npt.NDArray[np.float32] | None
-    eligible: npt.NDArray[np.int64]
-    labeled: npt.NDArray[np.float32]
+    embeddings: Floats
+    logits: Sequence[Floats]
+    eligible: Ints
+    labeled: Floats
+    labels: Ints
+    classes: int
+    near_duplicate: float = 1.1
+
+    @cached_property
+    def x(self) -> Floats:
+        """Embeddings [m, d] of the eligible images."""
+        return self.embeddings[self.eligible]
+
+    @cached_property
+    def graph(self) -> tuple[Floats, Ints]:
+        """Similarities and positions [m, NEIGHBORS] of each one's nearest others."""
+        return graph(self.x, NEIGHBORS)
+
+    @cached_property
+    def known(self) -> Floats:
+        """Cosine [m] to the nearest labeled image; -1 where none is labeled."""
+        if not len(self.labeled):
+            return np.full(len(self.x), -1, np.float32)
+        return search(self.x, self.labeled, 1)[0][:, 0]
+
+    @cached_property
+    def free(self) -> Ints:
+        """Positions that may be picked: copies neither of a labeled image nor of an earlier one."""
+        if self.near_duplicate > 1:
+            return np.arange(len(self.x))
+        copies = self.known >= self.near_duplicate
+        similarities, near = self.graph
+        row, column = np.nonzero(similarities >= self.near_duplicate)
+        other = near[row, column]
+        pairs = np.unique(np.stack([np.minimum(row, other), np.maximum(row, other)], 1), axis=0)
+        for first, second in pairs.tolist():  # sorted: what becomes of the first is settled
+            copies[second] |= not copies[first]
+        return np.flatnonzero(~copies)
+
+    def _probabilities(self, positions: Ints) -> tuple[Floats, Floats]:
+        """Class probabilities [p, classes] and energies [p], both the mean of the models'."""
+        of_models = [z[self.eligible[positions]].astype(np.float64) for z in self.logits]
+        totals = [logsumexp(z, axis=1) for z in of_models]
+        p = [np.exp(z - t[:, None]) for z, t in zip(of_models, totals, strict=True)]
+        return np.mean(p, 0), np.mean(totals, 0)
+
+    @cached_property
+    def _margin_and_energy(self) -> Floats:
+        found = np.empty((2, len(self.eligible)), np.float32)
+        for rows in chunks(len(self.eligible), self.classes):
+            p, found[1, rows] = self._probabilities(np.arange(len(self.eligible))[rows])
+            second, first = np.partition(p, -2, axis=1)[:, -2:].T
+            found[0, rows] = first - second
+        return found
+
+    @property
+    def margin(self) -> Floats:
+        """The probability [m] of the first class less that of the second, of the models' mean."""
+        margin: Floats = self._margin_and_energy[0]
+        return margin
+
+    @property
+    def energy(self) -> Floats:
+        """Log-sum-exp [m] of the logits, high where a model knows the image (arXiv 2010.03759)."""
+        energy: Floats = self._margin_and_energy[1]
+        return energy
+
+    def guesses(self, positions: Ints) -> tuple[Ints, Floats]:
+        """The likeliest class [p] of images and its probability: the models', or the weighted vote
+        of the 20 nearest labeled images where there is no model; -1 where there are neither.
+        """
+        labels, confidences = np.full(len(positions), -1), np.zeros(len(positions), np.float32)
+        for rows in chunks(len(positions), self.classes):
+            if self.logits:
+                p = self._probabilities(positions[rows])[0]
+            elif len(self.labeled):
+                similarities, near = search(self.x[positions[rows]], self.labeled, _VOTES)
+                p = knn_predict(similarities, self.labels[near], self.classes, _TEMPERATURE)
+                p = np.maximum(p, 0) / np.maximum(p, 0).sum(1, keepdims=True)
+            else:
+                continue
+            labels[rows], confidences[rows] = p.argmax(1), p.max(1)
+        return labels, confidences
 
 
 @dataclass(frozen=True)
 class Request:
     """The chosen images: `indices` [budget] of the split, and `groups` [budget], the clusters."""
 
-    indices: npt.NDArray[np.int64]
-    groups: npt.NDArray[np.int64]
+    indices: Ints
+    groups: Ints
 
 
 class Strategy:
     """One way to choose; a subclass is found by its name."""
 
     uses_logits = False
-    """Whether it needs the latest fine-tuning's logits; if not, `Candidates.logits` is None."""
+    """Whether it needs the latest fine-tuning's logits; if not, `Candidates.logits` is empty."""
 
-    def __call__(self, candidates: Candidates, budget: int, seed: int) -> Request:
-        """`budget` different images of `candidates.eligible`, the same for the same seed."""
+    def __call__(self, candidates: Candidates, budget: int, seed: int) -> tuple[Ints, Ints | None]:
+        """`budget` different positions of `candidates.free`, the same for the same seed, and the
+        clusters that they stand for, if it knows any.
+        """
         raise NotImplementedError
 
 
-class Random(Strategy):
-    """Every eligible image is as likely as any other: the control of every other strategy."""
-
-    def __call__(self, candidates: Candidates, budget: int, seed: int) -> Request:
-        chosen = np.random.default_rng(seed).choice(candidates.eligible, budget, replace=False)
-        _, groups = kmeans(candidates.embeddings[chosen], min(_COARSE, budget), 10, seed)
-        return Request(chosen, groups)
-
-
-class KMeans(Strategy):
-    def __init__(self, iterations: int = 20) -> None:
-        """Representative images: k-means with k = budget, and the image nearest each center.
-
-        Args:
-            iterations: of Lloyd's algorithm.
-        """
-        self.iterations = iterations
-
-    def __call__(self, candidates: Candidates, budget: int, seed: int) -> Request:
-        x = candidates.embeddings[candidates.eligible]  # [m, d]
-        centers, _ = kmeans(x, budget, self.iterations, seed)
-        return Request(candidates.eligible[nearest_distinct(centers, x)], np.arange(budget))
-
-
 def eligible(
-    usable: npt.NDArray[np.int64],
-    digests: npt.NDArray[np.bytes_],
-    labeled: npt.NDArray[np.bytes_],
-) -> npt.NDArray[np.int64]:
+    usable: Ints, digests: npt.NDArray[np.bytes_], labeled: npt.NDArray[np.bytes_]
+) -> Ints:
     """The images of `usable` [n] that may be asked for, sorted; `digests` [n] are of their bytes.
 
     Of byte-identical images the one with the lowest index is kept, and none whose digest is one of
@@ -88,19 +157,76 @@ def eligible(
 def choose(strategy: Strategy, candidates: Candidates, budget: int, seed: int) -> Request:
     """What `strategy` asks for, sorted by index and held to the rules of a request.
 
-    Raises InputError where the budget is not in 1 … m, and RuntimeError where the strategy gives
-    anything but `budget` different eligible images.
+    No two of its images, nor one of them and a labeled one, are as similar as
+    `candidates.near_duplicate`.  Raises InputError where there are not `budget` such images, and
+    RuntimeError where the strategy gives anything but `budget` different free positions.
     """
-    possible = len(candidates.eligible)
-    if not 0 < budget <= possible:
-        raise InputError(
-            f"label_request: budget is {budget:,} and {possible:,} unlabeled images can be asked "
-            f"for (not labeled, skipped or duplicate); a budget of 1 to {possible:,} is expected"
-        )
-    request = strategy(candidates, budget, seed)
-    order = np.argsort(request.indices, kind="stable")
-    indices, groups = request.indices[order], request.groups[order]
-    unique = len(np.unique(indices)) == len(indices) == budget
-    if not unique or not np.isin(indices, candidates.eligible).all():
-        raise RuntimeError(f"{type(strategy).__name__} broke the rules of a request; see Strategy")
-    return Request(indices, groups)
+    while True:
+        possible, images = len(candidates.free), len(candidates.eligible)
+        if not 0 < budget <= possible:
+            raise InputError(
+                f"label_request: budget is {budget:,} and {possible:,} unlabeled images can be "
+                f"asked for (not labeled, skipped or duplicate, and {images - possible:,} "
+                f"near-duplicates left out); a budget of 1 to {possible:,} is expected"
+            )
+        picks, groups = strategy(candidates, budget, seed)
+        unique = len(np.unique(picks)) == len(picks) == budget
+        if not unique or not np.isin(picks, candidates.free).all():
+            raise RuntimeError(f"{type(strategy).__name__} broke the rules of a request")
+        copies = _copies(candidates, picks)
+        if not len(copies):
+            break
+        candidates = copy.copy(candidates)  # what other strategies see stays as it is
+        candidates.free = np.setdiff1d(candidates.free, copies)
+    if groups is None:
+        _, groups = kmeans(candidates.x[picks], min(_GROUPS, budget), 10, seed)
+    order = np.argsort(picks)
+    return Request(candidates.eligible[picks[order]], groups[order])
+
+
+def _copies(candidates: Candidates, picks: Ints) -> Ints:
+    """Free positions that are near-duplicates of an earlier one of the `picks`: those that an
+    approximate graph, or more copies than it has neighbors, let through.
+    """
+    if candidates.near_duplicate > 1:
+        return picks[:0]
+    x, free = candidates.x, candidates.free
+    similarities, near = search(x[picks], x[picks], 3)
+    row, column = np.nonzero(similarities >= candidates.near_duplicate)
+    pairs = np.sort(np.stack([picks[row], picks[near[row, column]]], 1), axis=1)
+    originals, later = pairs[pairs[:, 0] < pairs[:, 1]].T
+    originals = np.unique(originals)
+    nearest = search(x[free], x[originals], 1)[0].max(1, initial=-1)
+    copies = np.union1d(free[nearest >= candidates.near_duplicate], later)
+    return np.setdiff1d(copies, originals)
+
+
+def candidates_of(
+    contest: Contest,
+    embeddings: Path,
+    logits: Sequence[Path],
+    answered: Sequence[Path],
+    near_duplicate: float,
+) -> Candidates:
+    """What may be asked for, of a folder of embeddings and the unlabeled split's logits; labeled
+    are train and the manifests `answered`.
+    """
+    files = [runs.require(embeddings / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
+    train, unlabeled = contest.manifest("train").usable(), contest.manifest("unlabeled").usable()
+    train = train.take(train.label >= 0)
+    label = np.full(contest.images("unlabeled"), -1, np.int64)
+    for manifest in map(read_manifest, answered):
+        of = manifest.split == "unlabeled"
+        label[manifest.index[of]] = manifest.label[of]
+    known = unlabeled.take(label[unlabeled.index] >= 0)
+    x, of_train = (np.load(file, mmap_mode="r") for file in files)
+    digests = np.concatenate([train.sha256, known.sha256])
+    return Candidates(
+        embeddings=x,
+        logits=[np.load(file, mmap_mode="r") for file in logits],
+        eligible=eligible(unlabeled.index, unlabeled.sha256, digests),
+        labeled=np.concatenate([of_train[train.index], x[known.index]]),
+        labels=np.concatenate([train.label, label[known.index]]),
+        classes=contest.classes,
+        near_duplicate=near_duplicate,
+    )

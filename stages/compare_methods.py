@@ -107,7 +107,7 @@ class Entrant:
 def _words(file: Path) -> list[str]:
     # labels that other entries of the contest asked for are no part of the comparison
     words = ["--recipe", str(file), "--finetune.manifests", "[train]"]
-    return words + ["--evaluate.unlabeled", "false", "--finetune.unlabeled", "false"]
+    return [*words, "--evaluate.unlabeled", "false", "--finetune.unlabeled", "false"]
 
 
 def call(stage: str, words: list[str]) -> int:

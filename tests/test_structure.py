@@ -68,7 +68,7 @@ def test_the_library_knows_no_stage(path: Path) -> None:
         assert not uses(path, above), f"{name(path)} imports {above}: the library is below it"
 
 
-@pytest.mark.parametrize("module", ["selection", "pseudo_labels"])
+@pytest.mark.parametrize("module", ["selection", "strategies", "coverage", "pseudo_labels"])
 def test_strategies_do_without_torch(module: str) -> None:
     assert not uses(ROOT / "pipeline" / f"{module}.py", "torch"), f"{module}.py: arrays are enough"
 
