@@ -10,7 +10,7 @@ given = $(if $($(2)),--$(1) "$($(2))")
 STAGE = $(VENV) $(LAUNCH) -m
 
 .PHONY: help setup demo test lint type check data pretrain embed evaluate label-request \
-	import-labels pseudo-label finetune submit rehearse compare-methods bench
+	import-labels pseudo-label finetune submit rehearse compare-methods compare-requests bench
 
 help: ## List what can be made, in the order of use
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,9 @@ rehearse: .venv/.installed ## Make a contest of classified images (SOURCE=folder
 
 compare-methods: .venv/.installed ## Compare pretraining methods: a table in docs/methods.md (RECIPES="recipes/mini98_*.yaml")
 	$(VENV) python -m stages.compare_methods $(RECIPES) $(ARGS)
+
+compare-requests: .venv/.installed ## Compare label-request strategies on a rehearsal: a table in docs/labels.md
+	$(VENV) python -m stages.compare_requests $(recipe) $(ARGS)
 
 bench: .venv/.installed ## Measure against the peers (NAME=one benchmark)
 	$(VENV) python -m benchmarks $(NAME) $(ARGS)

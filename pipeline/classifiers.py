@@ -10,6 +10,7 @@ import torch
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from pipeline.checkpoint import load_tensors, save_tensors
 from pipeline.encoders import build_encoder, features
@@ -48,29 +49,70 @@ class Classifier(nn.Module):
         return self
 
 
-def freeze(encoder: nn.Module, train: Literal["head", "last", "all"], blocks: int) -> None:
-    """Leave nothing, the last `blocks` stages (as timm groups them), or all of the encoder to be
-    trained.
-    """
+def stages_of(encoder: nn.Module) -> list[list[str]]:
+    """Names of the encoder's parameters, from the stem on, stage by stage as timm groups them."""
     groups = group_parameters(encoder, encoder.group_matcher(coarse=True))  # type: ignore[operator]
-    names = [list(g) if isinstance(g, (list, tuple)) else [g] for _, g in sorted(groups.items())]
+    return [list(g) if isinstance(g, (list, tuple)) else [g] for _, g in sorted(groups.items())]
+
+
+def freeze(encoder: nn.Module, train: Literal["head", "last", "all"], blocks: int) -> None:
+    """Leave nothing, the last `blocks` stages, or all of the encoder to be trained."""
+    names = stages_of(encoder)
     kept = min({"head": 0, "last": blocks, "all": len(names)}[train], len(names))
     free = {name for group in names[len(names) - kept :] for name in group}
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(train == "all" or name in free)
 
 
-class Supervised(nn.Module):
-    """Cross entropy of a classifier, with the averaged weights (EMA) that are kept in the end."""
+def rates(classifier: Classifier, backbone: float, decay: float) -> dict[nn.Module, float]:
+    """Factors of the learning rate: 1 for the head, `backbone` for the encoder's last stage, and
+    `decay` times that of the next for each stage before (arXiv 2106.08254, appendix).
+    """
+    found: dict[nn.Module, float] = {classifier.head: 1.0}
+    for depth, names in enumerate(reversed(stages_of(classifier.encoder))):
+        parameters = [classifier.encoder.get_parameter(name) for name in names]
+        found[nn.ParameterList(parameters)] = backbone * decay**depth
+    return found
 
-    def __init__(self, classifier: Classifier, label_smoothing: float, ema: float) -> None:
+
+class Supervised(nn.Module):
+    """Cross entropy of a classifier, with the averaged weights (EMA) that are kept in the end.
+
+    `mixup` and `cutmix` are the α of the Beta distributions of arXiv 1710.09412 and 1905.04899, 0
+    without; where both are given, each step draws one of them.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        classes: int,
+        label_smoothing: float = 0.0,
+        ema: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.classifier, self.label_smoothing, self.ema = classifier, label_smoothing, ema
+        self.classifier, self.classes = classifier, classes
+        self.label_smoothing, self.ema = label_smoothing, ema
+        kinds = [v2.MixUp(alpha=mixup)] if mixup else []
+        kinds += [v2.CutMix(alpha=cutmix)] if cutmix else []
+        self.mix = v2.RandomChoice(kinds) if kinds else None
         self.averaged = copy.deepcopy(classifier).requires_grad_(False) if ema else None
 
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        logits = self.classifier(images).float()
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+    def forward(self, images: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """The loss of images [b, 3, h, w] with labels [b] that weigh `weights` [b]."""
+        images, targets = self.mixed(images, labels, weights)
+        return self.cross_entropy(self.classifier(images).float(), targets)
+
+    def mixed(self, images: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and targets [b, classes] to train on."""
+        targets = F.one_hot(labels, self.classes) * weights[:, None]
+        return (images, targets) if self.mix is None else self.mix(images, targets)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smooth = self.label_smoothing
+        targets = (1 - smooth) * targets + smooth * targets.mean(1, keepdim=True)
+        return -(targets * logits.log_softmax(1)).sum(1).mean()
 
     def final(self) -> Classifier:
         """The classifier to keep."""

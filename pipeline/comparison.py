@@ -10,7 +10,6 @@ from pipeline import InputError, runs
 from pipeline.manifest import Contest
 
 K = 20  # neighbors of the kNN accuracy that is compared
-BEGIN, END = "<!-- table: make compare-methods -->", "<!-- end of table -->"
 _HEAD = (
     "| recipe | method | seeds | kNN | linear | fine-tuned | images seen | minutes | peak MiB |\n"
     "|---|---|---:|---:|---:|---:|---:|---:|---:|"
@@ -70,6 +69,36 @@ def table(rows: dict[str, tuple[str, Records]], command: str) -> str:
     return "\n".join([*lines, "", f"Written by `{command}`{_notes(every)}."])
 
 
+def request_table(records: Records, floor: str, facts: dict[str, Any]) -> str:
+    """A Markdown table of strategies, best first: top-1 on val, and what it is above random
+    requests with the same seed, both ± the standard error over the seeds.
+    """
+    by: dict[str, dict[int, float]] = {}
+    for record in records:
+        by.setdefault(record["strategy"], {})[record["seed"]] = record["val_top1"]
+    lines = ["| strategy | seeds | top-1 | above random |", "|---|---:|---:|---:|"]
+    for name in sorted(by, key=lambda name: -statistics.fmean(by[name].values())):
+        own, random = by[name], by["Random"]
+        more = [own[seed] - random[seed] for seed in own.keys() & random.keys()]
+        shown = "control" if name == "Random" else mean_and_error(more, "+.2f")
+        label = "no request" if name == floor else name
+        lines.append(f"| {label} | {len(own)} | {mean_and_error([*own.values()])} | {shown} |")
+    steps = ", ".join(sorted({f"{record['steps']:,}" for record in records}))
+    return "\n".join(lines) + (
+        f"\n\n{facts['budget']:,} labels asked for on {facts['contest']}, each time fine-tuned in "
+        f"{steps} steps from one encoder; ± the standard error over the seeds. Written by "
+        f"`{facts['command']}` on {facts['machine']}."
+    )
+
+
+def mean_and_error(values: Sequence[float], form: str = ".2f") -> str:
+    """The mean ± its standard error; alone where there is one value."""
+    mean = f"{statistics.fmean(values):{form}}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):.2f}"
+
+
 def _mean(records: Records, key: str) -> float:
     return statistics.fmean(record[key] for record in records)
 
@@ -102,16 +131,24 @@ def _notes(records: Records) -> str:
     )
 
 
-def put(path: Path, text: str) -> None:
-    """Write `text` between the two comments of a Markdown file, which is begun where there is none.
+def marks(target: str) -> tuple[str, str]:
+    """The comments around the table that `make target` writes into a Markdown file."""
+    return f"<!-- table: make {target} -->", f"<!-- end of table: make {target} -->"
+
+
+def put(path: Path, target: str, text: str) -> None:
+    """Write `text` between the two comments of a Markdown file, at the end of one without any.
 
     Raises InputError where the comments are not there once, one after the other.
     """
-    old = path.read_text() if path.is_file() else f"# Pretraining methods\n\n{BEGIN}\n{END}\n"
-    head, begin, rest = old.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end or old.count(BEGIN) + old.count(END) > 2:
-        raise InputError(f"{path}: {BEGIN} and {END}, once each, are expected around the table")
+    begin, end = marks(target)
+    old = path.read_text() if path.is_file() else ""
+    if begin not in old and end not in old:
+        old = f"{old.rstrip()}\n\n{begin}\n{end}\n".lstrip()
+    head, _, rest = old.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found or old.count(begin) + old.count(end) > 2:
+        raise InputError(f"{path}: {begin} and {end}, once each, are expected around the table")
     with runs.replacing(path) as aside:
         aside.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
 

@@ -36,6 +36,14 @@ def hold_out(labels: Integers, fraction: float, seed: int) -> npt.NDArray[np.boo
     return np.asarray((rank < want) & (labels >= 0))
 
 
+def balanced(labels: Integers) -> Integers:
+    """Sorted positions in which every class comes as often as the largest, its images in turn."""
+    order = np.argsort(labels, kind="stable")
+    _, start, count = np.unique(labels[order], return_index=True, return_counts=True)
+    turns = np.arange(count.max(initial=0)) % count[:, None]  # [classes, largest]
+    return np.sort(order[start[:, None] + turns], axis=None)
+
+
 def _ranks(labels: Integers, seed: int | list[int]) -> tuple[Integers, Integers]:
     """Each image's place [n] in a random order of its class, and its class's size [n]."""
     keys = np.random.default_rng(seed).random(len(labels))

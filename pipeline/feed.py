@@ -18,18 +18,18 @@ from pipeline.methods.base import Method
 from pipeline.packed import Pool
 from pipeline.views import View, Views, uniforms
 
-Fetched = tuple[Tensor, Tensor | None]
-"""Images [b, h, w, 3] uint8; their targets, or the images for the method's slow copy."""
+Fetched = tuple[Tensor, ...]
+"""Images [b, h, w, 3] uint8, then their targets, or the images for the method's slow copy."""
 
 
 @dataclass
 class Feed:
     """Batches of a pool as a pure function of (seed, step); each process sees its slice of them.
 
-    `mean` and `std` normalize values from 0 to 1.  With `targets` [n], one for each image of the
-    pool, a batch is (images, targets), else it is the views that `method` is called with.  With
-    `micro_batch` (images over all processes) a step has several parts, each read twice: a tick is
-    one reading of one part.
+    `mean` and `std` normalize values from 0 to 1.  With `targets`, tensors [n] with an
+    entry for each image of the pool, a batch is (images, *targets), else it is the views that
+    `method` is called with, all of them without a method.  With `micro_batch` (images over all
+    processes) a step has several parts, each read twice: a tick is one reading of one part.
     """
 
     pool: Pool
@@ -39,7 +39,7 @@ class Feed:
     mean: Sequence[float]
     std: Sequence[float]
     accelerator: Accelerator
-    targets: Tensor | None = None
+    targets: tuple[Tensor, ...] = ()
     method: Method | None = None
     micro_batch: int | None = None
 
@@ -94,26 +94,28 @@ class Feed:
         step, reading = divmod(tick, self.ticks)
         places = self.places[reading % self.parts]
         chosen = _batch_at(len(self.pool), self.batch_size, self.seed, step)
-        if self.targets is not None:
-            return self._images(chosen[places]), self.targets[chosen[places]].to(self.device)
+        if self.targets:
+            own = [of_pool[chosen[places]].to(self.device) for of_pool in self.targets]
+            return self._images(chosen[places]), *own
         if self.order is None or reading >= self.parts:  # the slow copy sees them once
-            return self._images(chosen[places]), None
+            return (self._images(chosen[places]),)
         return self._images(chosen[places]), self._images(chosen[self.order[places]])
 
     def inputs(self, fetched: Fetched, tick: int, resolution: int) -> tuple[object, ...]:
         """The module's arguments: augmented, normalized, in the layout convolutions like."""
-        images, other = fetched
+        images, *others = fetched
         step, reading = divmod(tick, self.ticks)
         places = self.places[reading % self.parts]
-        if self.targets is not None:
-            return self._views(images, step, places, resolution, [0])[0], other
-        assert self.method is not None
-        queried, keyed = self.method.queried, list(self.method.keyed)
+        if self.targets:
+            return self._views(images, step, places, resolution, [0])[0], *others
+        queried, keyed = None, list[int]()
+        if self.method is not None:
+            queried, keyed = self.method.queried, list(self.method.keyed)
         queried = list(range(self.count) if queried is None else queried)
-        if other is not None:
+        if others:
             assert self.order is not None
             views = self._views(images, step, places, resolution, queried)
-            return views, self._views(other, step, self.order[places], resolution, keyed)
+            return views, self._views(others[0], step, self.order[places], resolution, keyed)
         if reading >= self.parts or self.order is not None:
             return self._views(images, step, places, resolution, queried), []
         needed = sorted({*queried, *keyed})
@@ -141,3 +143,34 @@ class Feed:
 
 _batch_at = lru_cache(maxsize=4)(batch_at)  # the parts of a step ask for the same
 _uniforms = lru_cache(maxsize=2)(uniforms)
+
+
+@dataclass
+class JoinedFeed:
+    """Two feeds as one: a batch of labeled images and targets, then one of views of unlabeled
+    images.
+    """
+
+    labeled: Feed
+    unlabeled: Feed
+    parts = ticks = 1
+
+    @property
+    def batch_size(self) -> int:
+        """Labeled images in a step."""
+        return self.labeled.batch_size
+
+    @property
+    def seed(self) -> int:
+        return self.labeled.seed
+
+    def fetch(self, tick: int) -> tuple[Fetched, Fetched]:
+        return self.labeled.fetch(tick), self.unlabeled.fetch(tick)
+
+    def inputs(
+        self, fetched: tuple[Fetched, Fetched], tick: int, resolution: int
+    ) -> tuple[object, ...]:
+        """The images, their targets, and the views of the unlabeled images."""
+        labeled, unlabeled = fetched
+        views, _ = self.unlabeled.inputs(unlabeled, tick, resolution)
+        return *self.labeled.inputs(labeled, tick, resolution), views

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from pipeline import InputError, runs
 from pipeline.batch_norm import synchronize_batch_norm
 from pipeline.checkpoint import load_tensors
-from pipeline.classifiers import Classifier, Supervised
-from pipeline.feed import Feed
+from pipeline.classifiers import Classifier, Supervised, rates
+from pipeline.consistency import SemiSupervised
+from pipeline.draws import balanced
+from pipeline.feed import Feed, JoinedFeed
 from pipeline.figures import confusion
 from pipeline.inference import encoder_for, predict
 from pipeline.manifest import Contest, Manifest
@@ -62,18 +64,31 @@ def finetuner(
     the way.
     """
     c = recipe.finetune
-    module = Supervised(classifier, c.label_smoothing, c.ema)
+    options = {k: getattr(c, k) for k in ("label_smoothing", "ema", "mixup", "cutmix")}
+    consistency = c.consistency() if c.consistency is not None else None
+    if consistency is None:
+        module = Supervised(classifier, contest.classes, **options)
+    else:
+        counts = torch.from_numpy(train.label).bincount(minlength=contest.classes)
+        consistency.begin(counts / counts.sum())
+        module = SemiSupervised(classifier, contest.classes, consistency, **options)
     synchronize_batch_norm(module.classifier, accelerator.device)
     backbone = 1.0 if c.init == "scratch" else c.backbone_lr
-    modules = {classifier.encoder: backbone, classifier.head: 1.0}
-    optimizer, lr = (
-        build_optimizer(c.optimizer, modules, c.batch_size),
-        c.optimizer.scaled_lr(c.batch_size),
-    )
-    pool, targets = contest.pool(train), torch.from_numpy(train.label)
-    feed = Feed(
-        pool, [c.view], c.batch_size, recipe.seed, contest.mean, contest.std, accelerator, targets
-    )
+    factors = rates(classifier, backbone, c.layer_decay)
+    optimizer = build_optimizer(c.optimizer, factors, c.batch_size)
+    lr = c.optimizer.scaled_lr(c.batch_size)
+    if c.balanced:
+        train = train.take(balanced(train.label))
+    weights = train.confidence if c.weigh_by_confidence else np.ones(len(train))
+    pool = contest.pool(train)
+    targets = torch.from_numpy(train.label), torch.from_numpy(weights.astype(np.float32))
+    further = recipe.seed, contest.mean, contest.std, accelerator
+    feed: Feed | JoinedFeed = Feed(pool, [c.view], c.batch_size, *further, targets)
+    if consistency is not None:
+        images = contest.manifest("unlabeled").usable()
+        views, size_of_both = [c.view, c.strong_view], consistency.ratio * c.batch_size
+        further = recipe.seed + 1, *further[1:]
+        feed = JoinedFeed(feed, Feed(contest.pool(images), views, size_of_both, *further))
     plateau = None
     if c.schedule == "plateau":
         if not len(seen):
@@ -99,6 +114,7 @@ def finetuner(
         evals=c.evals if len(seen) else 0,
         plateau=plateau,
         watch="heldout_loss",
+        signs=module.signs if isinstance(module, SemiSupervised) else None,
     )
 
 
@@ -111,11 +127,11 @@ def judge(module: Supervised, contest: Contest, seen: Manifest, size: int) -> di
     return {"heldout_loss": float(loss), "heldout_top1": top_k(logits, seen.label, [1])[1]}
 
 
-def logits_of(folder: Path, images: Manifest, classes: int) -> npt.NDArray[np.float32]:
-    """The logits [n, classes] of a manifest's images, as the classifier in `folder` gave them."""
-    out = np.empty((len(images), classes), np.float32)
+def rows_of(folder: Path, images: Manifest, width: int, made_by: str) -> npt.NDArray[np.float32]:
+    """The rows [n, width] of a manifest's images in `folder`/SPLIT.npy, logits or embeddings."""
+    out = np.empty((len(images), width), np.float32)
     for split in np.unique(images.split):
-        file = runs.require(folder / "logits" / f"{split}.npy", "make finetune")
+        file = runs.require(folder / f"{split}.npy", made_by)
         of = images.split == split
         out[of] = np.load(file, mmap_mode="r")[images.index[of]]
     return out
@@ -125,7 +141,8 @@ def report(folder: Path, contest: Contest, held: Manifest) -> dict[str, float | 
     """Scores on val and on the held-out labels; writes report.txt and confusion.png."""
     scores: dict[str, float | None] = {"val_top1": None, "val_top5": None, "holdout_top1": None}
     if len(held):
-        scores["holdout_top1"] = top_k(logits_of(folder, held, contest.classes), held.label, [1])[1]
+        logits = rows_of(folder / "logits", held, contest.classes, "make finetune")
+        scores["holdout_top1"] = top_k(logits, held.label, [1])[1]
     if "val" not in contest.splits:
         return scores
     rows, labels = contest.usable("val"), contest.labels("val")

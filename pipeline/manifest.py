@@ -165,6 +165,11 @@ class Contest:
     def folder(self) -> Path:
         return contest_folder(self.name)
 
+    @property
+    def oracle(self) -> Path:
+        """Where a rehearsal keeps the labels of its unlabeled images, if it has them here."""
+        return self.root.with_name(f"{self.root.name}.oracle.pt")
+
     def images(self, split: str) -> int:
         """Rows of the packed split, unusable images included."""
         return int(self._split(split)["images"])

@@ -1,5 +1,6 @@
-"""Labels for unlabeled images, from the logits of a classifier."""
+"""Labels for unlabeled images: who predicts them, and which predictions are taken."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -7,73 +8,114 @@ import numpy.typing as npt
 
 from pipeline import InputError
 from pipeline.metrics import predictions
+from pipeline.neighbours import place_in_group
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of images without a label: `logits` [n, classes] of the classifier, calibrated
+    where labels were held out, and, for who asks for them, embeddings `x` [n, d] of unit length,
+    with those of the `labeled` images [l, d] and their `labels` [l].
+    """
+
+    logits: Floats
+    x: Floats
+    labeled: Floats
+    labels: Ints
+
+
+class Predictor:
+    """One way to predict; a subclass is found by its name."""
+
+    uses_embeddings = False
+    """Whether it looks at `Evidence.x`; if not, that is empty."""
+
+    def __call__(self, evidence: Evidence) -> tuple[Ints, Floats]:
+        """The likeliest label [n] of every image and how sure it is [n], from 0 to 1."""
+        raise NotImplementedError
+
+
+class Softmax(Predictor):
+    """The classifier's arg-max, as sure as its softmax probability."""
+
+    def __call__(self, evidence: Evidence) -> tuple[Ints, Floats]:
+        return predictions(evidence.logits)
+
+
 class PseudoLabeler:
-    """One way to label; a subclass is found by its name."""
+    """One way to decide which predictions are taken; a subclass is found by its name."""
 
-    def __call__(self, logits: Floats) -> tuple[Ints, Ints, Floats]:
-        """The rows of `logits` [n, classes] that get a label, sorted: rows, labels, confidences.
-
-        A confidence is the softmax probability of the label.
-        """
+    def __call__(self, labels: Ints, confidences: Floats) -> Ints:
+        """The rows of predictions [n] that become pseudo-labels, sorted."""
         raise NotImplementedError
 
 
 class Threshold(PseudoLabeler):
-    def __init__(self, confidence: float = 0.95) -> None:
-        """Every image that the classifier is sure of.
+    def __init__(self, confidence: float = 0.95, flexible: bool = False) -> None:
+        """Every image that is surer than a bar.
 
         Args:
-            confidence: the lowest softmax probability that is taken.
+            confidence: the lowest that is taken.
+            flexible: the bar of a class is lower the fewer images of it reach the common one,
+                counted over those of the class that most do (FlexMatch, arXiv 2110.08263,
+                equations 5, 6 and 11).
         """
         if not 0 <= confidence <= 1:
             raise InputError(f"Threshold: confidence is {confidence}; from 0 to 1 is expected")
-        self.confidence = confidence
+        self.confidence, self.flexible = confidence, flexible
 
-    def __call__(self, logits: Floats) -> tuple[Ints, Ints, Floats]:
-        labels, confidences = predictions(logits)
-        rows = np.flatnonzero(confidences >= self.confidence)
-        return rows, labels[rows], confidences[rows]
+    def __call__(self, labels: Ints, confidences: Floats) -> Ints:
+        sure = confidences >= self.confidence
+        if not self.flexible or not sure.any():
+            return np.flatnonzero(sure)
+        counts = np.bincount(labels[sure], minlength=labels.max() + 1)
+        learned = counts / max(counts.max(), (~sure).sum())
+        bars = self.confidence * learned / (2 - learned)
+        return np.flatnonzero(confidences >= bars[labels])
 
 
 class TopFraction(PseudoLabeler):
-    def __init__(self, fraction: float = 0.1) -> None:
+    def __init__(self, fraction: float = 0.1, balanced: bool = False) -> None:
         """The surest images of each class, so that no class is crowded out by an easier one.
 
         Args:
             fraction: of the images predicted to be of a class (rounded up).
+            balanced: as many of each class, as far as there are: `fraction` of the mean.
         """
         if not 0 < fraction <= 1:
             raise InputError(f"TopFraction: fraction is {fraction}; above 0 to 1 is expected")
-        self.fraction = fraction
+        self.fraction, self.balanced = fraction, balanced
 
-    def __call__(self, logits: Floats) -> tuple[Ints, Ints, Floats]:
-        labels, confidences = predictions(logits)
+    def __call__(self, labels: Ints, confidences: Floats) -> Ints:
         order = np.lexsort((-confidences, labels))  # by class, surest first
-        _, start, counts = np.unique(labels[order], return_index=True, return_counts=True)
-        place = np.arange(len(order)) - np.repeat(start, counts)  # within its class
+        counts = np.bincount(labels)
+        if self.balanced and len(labels):
+            counts[:] = len(labels) / np.count_nonzero(counts)
         wanted = np.ceil(np.round(self.fraction * counts, 6))
-        rows = np.sort(order[place < np.repeat(wanted, counts)])
-        return rows, labels[rows], confidences[rows]
+        taken = place_in_group(labels[order]) < wanted[labels[order]]
+        return np.sort(order[taken])
 
 
 def apply(
-    labeler: PseudoLabeler, logits: Floats, apart: Floats, truth: Ints
-) -> tuple[Ints, Ints, Floats, npt.NDArray[np.bool_]]:
-    """What `labeler` gives the rows of `logits` [n, classes], and how right the same rule is.
+    predictor: Predictor, labeler: PseudoLabeler, evidence: Evidence, truth: Ints
+) -> tuple[Ints, Ints, Floats, Ints, npt.NDArray[np.bool_]]:
+    """What images get for labels, and how right the same rule is.
 
-    The last of the results [r] tells of the rows of `apart` [a, classes], whose labels are `truth`
-    [a], that the rule takes when they are among the others, whether it labels them correctly.
+    The last of the images of `evidence` [n + a] are apart: their labels `truth` [a] are known, but
+    to nobody here.  Of the first n: rows [r], labels [r] and confidences [r] of those that get one,
+    and the predictions [n] of all; then, of the images apart that the rule takes when they are
+    among the others, whether it labels them correctly.
     """
-    rows, labels, confidences = labeler(logits)
-    n = len(logits)
-    both, given, _ = labeler(np.concatenate([logits, apart]))
-    tried = both >= n
-    return rows, labels, confidences, given[tried] == truth[both[tried] - n]
+    labels, confidences = predictor(evidence)
+    n = len(labels) - len(truth)
+    rows = labeler(labels[:n], confidences[:n])
+    tried = labeler(labels, confidences)
+    tried = tried[tried >= n]
+    right = labels[tried] == truth[tried - n]
+    return rows, labels[rows], confidences[rows], labels[:n], right
 
 
 def summary(predicted: Ints, labels: Ints, right: npt.NDArray[np.bool_], classes: int) -> Any:

@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 from torch import nn
 
-import pipeline.methods  # noqa: F401  (its files register themselves as subclasses of Method)
+import pipeline.methods
+import pipeline.propagation  # noqa: F401  (registers itself)
 from pipeline import InputError
+from pipeline.consistency import Consistency
 from pipeline.encoders import Stem
 from pipeline.methods.base import Method
 from pipeline.methods.simclr import SimCLR
 from pipeline.optim import Optimizer
-from pipeline.pseudo_labels import PseudoLabeler, TopFraction
+from pipeline.pseudo_labels import Predictor, PseudoLabeler, Softmax, TopFraction
 from pipeline.selection import Strategy
 from pipeline.strategies import KMeans
 from pipeline.views import View
@@ -30,9 +32,8 @@ def _check_schedule(section: str, config: Any) -> None:
             f"{section}: one of epochs, steps and minutes is expected as a budget; "
             f"{' and '.join(given)} are given; set the others to null"
         )
-    for name, value in given.items():
-        if value <= 0:
-            raise InputError(f"{section}: {name} is {value}; above 0 is expected")
+    if name := next((name for name, value in given.items() if value <= 0), None):
+        raise InputError(f"{section}: {name} is {given[name]}; above 0 is expected")
     _check_least(section, config, log_steps=1, batch_size=2)
     sizes = config.resolutions
     if sizes is not None and (not sizes or min(sizes) < 8):
@@ -160,10 +161,14 @@ class LabelRequest:
 
 @dataclass(frozen=True)
 class PseudoLabel:
+    predictor: Callable[[], Predictor] = Softmax
+    """Who predicts: Softmax or Propagation (pipeline/propagation.py), with its arguments."""
     strategy: Callable[[], PseudoLabeler] = TopFraction
-    """A class of pipeline/pseudo_labels.py, with its arguments."""
+    """Which predictions are taken: a class of pipeline/pseudo_labels.py, with its arguments."""
     rounds: int = 1
     """Rounds in one call; between two of them the classifier is fine-tuned."""
+    stop_below: float = 0.0
+    """No further round once fewer percent of the pseudo-labels than this differ from the last."""
 
     def __post_init__(self) -> None:
         _check_least("pseudo_label", self, rounds=1)
@@ -189,6 +194,8 @@ class Finetune:
     """Stages of the encoder that are trained with `train: last`."""
     backbone_lr: float = 0.1
     """Factor of the encoder's learning rate."""
+    layer_decay: float = 1.0
+    """Further factor of it for each stage before the last, nearer to the pixels."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=0.05, lr_rule="constant"))
     schedule: Literal["cosine", "plateau"] = "cosine"
     """plateau: the rate is divided by 10 when the held-out loss stops falling."""
@@ -198,6 +205,10 @@ class Finetune:
         default_factory=lambda: View(1, crop_scale=(0.2, 1.0), jitter_p=0, grayscale_p=0, blur_p=0)
     )
     """Augmentation of the training images."""
+    consistency: Callable[[], Consistency] | None = None
+    """Learn from the unlabeled images, too: a class of pipeline/consistency.py; null does not."""
+    strong_view: View = field(default_factory=lambda: View(1, rotation_p=0.5, solarize_p=0.1))
+    """Augmentation of the strong view of an unlabeled image; `view` is that of the weak one."""
     resolutions: list[int] | None = None
     """Pixels of the training images, as in pretrain; null takes the packed size."""
     eval_resolution: int | None = None
@@ -212,6 +223,14 @@ class Finetune:
     """Budget in minutes, turned into steps by a short calibration."""
     label_smoothing: float = 0.1
     """Of the cross entropy."""
+    mixup: float = 0.0
+    """α of mixup (arXiv 1710.09412); 0 turns it off."""
+    cutmix: float = 0.0
+    """α of CutMix (arXiv 1905.04899); 0 turns it off; with both each step draws one."""
+    balanced: bool = False
+    """Every class is seen equally often: images of smaller ones come several times."""
+    weigh_by_confidence: bool = False
+    """A pseudo-label counts as much as it is sure."""
     ema: float = 0.0
     """Decay of the averaged weights that are kept in the end; 0 turns it off."""
     probe_first: bool = True
@@ -237,16 +256,16 @@ class Finetune:
         _check_schedule("finetune", self)
         if self.init == "outside" and not self.weights:
             raise InputError("finetune: init is 'outside'; weights (a file, or 'timm') is expected")
-        if not 0 < self.fraction <= 1:
-            raise InputError(f"finetune: fraction is {self.fraction}; above 0, up to 1 is expected")
+        for name in ("fraction", "layer_decay"):
+            if not 0 < (value := getattr(self, name)) <= 1:
+                raise InputError(f"finetune: {name} is {value}; above 0, up to 1 is expected")
         for name in ("holdout", "ema", "label_smoothing"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise InputError(f"finetune: {name} is {value}; from 0 to below 1 is expected")
-        _check_least("finetune", self, blocks=1, evals=0, patience=0, per_class=1)
+        least = {"blocks": 1, "evals": 0, "patience": 0, "per_class": 1, "mixup": 0, "cutmix": 0}
+        _check_least("finetune", self, **least)
         if self.schedule == "plateau" and not self.evals:
-            raise InputError(
-                "finetune: schedule 'plateau' looks at the evals; 1 or more is expected"
-            )
+            raise InputError("finetune: schedule 'plateau' looks at evals; 1 or more is expected")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What a label request asks for, as people would look at it: a table and pictures."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -195,3 +196,27 @@ def overlap(folder: Path, chosen: Mapping[str, Ints]) -> None:
                 column, row, f"{value:.0f}", ha="center", va="center", color=color, fontsize=9
             )
     save_figure(figure, folder / "overlap.png")
+
+
+def accuracies(path: Path, records: Sequence[dict[str, Any]], floor: str, title: str) -> None:
+    """The top-1 of every strategy with every seed, its mean and standard error, and the floor."""
+    by: dict[str, list[float]] = {}
+    for record in records:
+        by.setdefault(record["strategy"], []).append(record["val_top1"])
+    base = np.mean(by.pop(floor))
+    names = sorted(by, key=lambda name: np.mean(by[name]))
+    height = 1.4 + 0.42 * len(names)
+    figure = Figure((9, height))
+    figure.text(0.03, 1 - 0.3 / height, title, fontsize=13, color=INK, va="center")
+    axes = house_axes(figure, (0.2, 0.6 / height, 0.75, 1 - 1.3 / height), "")
+    axes.axvline(base, color=SOFT, linestyle="--", linewidth=1.2)
+    axes.text(base, len(names) - 0.4, f" no request, {base:.1f}", color=SOFT, fontsize=9)
+    for row, name in enumerate(names):
+        values, color = np.array(by[name]), AMBER if name == "Random" else BLUE
+        error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+        axes.scatter(values, np.full(len(values), row), 14, color=MIST)
+        axes.errorbar(values.mean(), row, xerr=error, color=color, marker="o", capsize=4)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.1)
+    axes.set_xlabel("top-1 on val, %; bars: standard error", color=SOFT)
+    save_figure(figure, path)

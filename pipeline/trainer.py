@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline import InputError
 from pipeline.batches import prefetch
 from pipeline.checkpoint import load_torch, save_torch
-from pipeline.feed import Feed
+from pipeline.feed import Feed, JoinedFeed
 from pipeline.gradient_cache import backward_in_parts
 from pipeline.methods.base import Method
 from pipeline.optim import set_lr
@@ -42,7 +42,7 @@ class Trainer:
     accelerator: Accelerator
     folder: Path
     facts: dict[str, Any]
-    feed: Feed
+    feed: Feed | JoinedFeed
     lr: Callable[[float], float] | None
     log_steps: int = 10
     checkpoint_minutes: float = 10.0

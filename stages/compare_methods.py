@@ -161,7 +161,7 @@ def run(a: Namespace, command: str) -> None:
 
     def write() -> None:
         rows = {e.file.stem: (e.method, e.recorded()) for e in entrants}
-        comparison.put(a.table, comparison.table(rows, command))
+        comparison.put(a.table, "compare-methods", comparison.table(rows, command))
 
     write()  # which says what is wrong with that file before hours of training
     run_all([(e, 0) for e in entrants], write)

@@ -57,8 +57,10 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
     return files
 
 
-def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
-    """Fine-tune on the labels that are there now; the folder of the round."""
+def run(
+    recipe: Recipe, plain: dict[str, Any], force: bool = False, folder: Path | None = None
+) -> Path:
+    """Fine-tune on the labels that are there now; the folder of the round, or the one given."""
     c, contest, name = recipe.finetune, load_contest(recipe.data.contest), recipe.entry or "entry"
     if c.monitor == "val" and contest.rehearsal:
         raise InputError(
@@ -66,7 +68,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
             "'holdout' is expected"
         )
     files, entry = _manifests(recipe, contest), runs.entry_folder(name)
-    folder = runs.finetune_folder(name, runs.label_rounds(contest.folder, entry))
+    round_ = runs.label_rounds(contest.folder, entry)
+    folder = folder or runs.finetune_folder(name, round_)
     inputs, pretrained = [contest.folder / "contest.json", *files], None
     if c.init == "pretrained":
         finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
@@ -122,7 +125,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         write_manifest(folder / "holdout.csv", held, PSEUDO_LABELS)
         runs.write_json(folder / "history.json", history)
         scores = report(folder, contest, held)
-        facts.finish(round=int(folder.name.split("-")[1]), labels=len(train), **scores)
+        facts.finish(round=round_, labels=len(train), **scores)
         for key, value in scores.items():
             if value is not None:
                 runs.say(f"{key}: {value:.2f} %")

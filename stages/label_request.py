@@ -26,8 +26,8 @@ class Options:
     force: bool = field(
         default=False, metadata={"help": "Choose anew even where nothing has changed."}
     )
-    overlap: bool = field(
-        default=True, metadata={"help": "See what the other strategies would ask for, too."}
+    alone: bool = field(
+        default=False, metadata={"help": "Do not see what other strategies would ask for."}
     )
 
 
@@ -106,7 +106,7 @@ def _compare(
 
 def main() -> None:
     recipe, options, plain = config.parse(__doc__, Options)
-    run(recipe, plain, options.force, options.overlap)
+    run(recipe, plain, options.force, compare=not options.alone)
 
 
 if __name__ == "__main__":

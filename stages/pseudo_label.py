@@ -1,8 +1,9 @@
 """Label unlabeled images by the latest fine-tuned classifier, where it is sure.
 
 python -m stages.pseudo_label --recipe recipes/demo.yaml
-Reads runs/ENTRY/finetune-K/{logits/SPLIT.npy, holdout.csv}; writes runs/ENTRY/pseudo-K.{csv, png,
-json}, the JSON last.  With several rounds the classifier is fine-tuned between two of them.
+Reads runs/ENTRY/finetune-K/{logits/SPLIT.npy, holdout.csv} and, where the predictor looks at them,
+runs/ENTRY/embeddings; writes runs/ENTRY/pseudo-K.{csv, png, json}, the JSON last, and of all rounds
+pseudo-rounds.{csv, png}.  With several rounds the classifier is fine-tuned between two of them.
 """
 
 from dataclasses import dataclass, field
@@ -11,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import InputError, config, runs
+from pipeline import InputError, config, labeling, runs
 from pipeline.distributed import barrier, rank
 from pipeline.figures import coverage
-from pipeline.finetuning import logits_of
 from pipeline.machine import make_accelerator
 from pipeline.manifest import (
     PSEUDO_LABELS,
@@ -27,7 +27,6 @@ from pipeline.manifest import (
 from pipeline.metrics import predictions
 from pipeline.pseudo_labels import apply, summary
 from pipeline.recipe import Recipe
-from pipeline.selection import eligible
 from stages import finetune
 
 
@@ -43,13 +42,14 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     contest, rounds = load_contest(recipe.data.contest), recipe.pseudo_label.rounds
     entry = runs.entry_folder(recipe.entry or "entry")
     make_accelerator("auto", entry)  # where there are several processes, they meet here
-    newest, facts = _newest(entry), _facts(contest, entry, plain)
+    newest, facts = _newest(entry), _facts(contest, entry, recipe, plain)
     record = newest.with_suffix(".json") if newest else Path()
     made = runs.read_json(record, "make pseudo-label") if record.is_file() else {}
     same_rule = not force and made.get("recipe") == facts["recipe"]
     current = same_rule and made["inputs"] == facts["inputs"]
     done = made["round"] if same_rule else 0
-    if done >= rounds and current:
+    settled = current and made["changed"] < recipe.pseudo_label.stop_below
+    if (done >= rounds or settled) and current:
         runs.say(f"{newest} is up to date (--force makes it anew); next: make finetune")
         return
     if same_rule and not current and made["classifier"] == str(runs.latest_finetune(entry.name)):
@@ -61,8 +61,14 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
             finetune.run(recipe, plain)
         done, current = done + 1, True
         if rank() == 0:
-            _label(recipe, contest, entry, done, _facts(contest, entry, plain))
+            _label(recipe, contest, entry, done, _facts(contest, entry, recipe, plain))
         barrier()
+        newest = _newest(entry)
+        assert newest is not None
+        found = runs.read_json(newest.with_suffix(".json"), "make pseudo-label")
+        if done < rounds and found["changed"] < recipe.pseudo_label.stop_below:
+            runs.say(f"{found['changed']:.1f} % of the labels changed: no further round is made")
+            break
 
 
 def _newest(entry: Path) -> Path | None:
@@ -70,12 +76,15 @@ def _newest(entry: Path) -> Path | None:
     return files[-1] if files else None
 
 
-def _facts(contest: Contest, entry: Path, plain: dict[str, Any]) -> dict[str, Any]:
+def _facts(contest: Contest, entry: Path, recipe: Recipe, plain: dict[str, Any]) -> dict[str, Any]:
     """What decides the pseudo-labels of now."""
     latest = runs.latest_finetune(entry.name)
     inputs = [contest.folder / "contest.json", *runs.numbered(contest.folder, "requested")]
     inputs += [latest / "logits" / "unlabeled.npy", latest / "holdout.csv"]
     inputs = [runs.require(file, "make finetune") for file in inputs]
+    if recipe.pseudo_label.predictor().uses_embeddings:
+        folder = runs.finished(entry / "embeddings", "make embed")
+        inputs += [runs.require(folder / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
     return runs.Run.of(entry, plain, ("pseudo_label",), inputs).facts
 
 
@@ -83,37 +92,33 @@ def _label(
     recipe: Recipe, contest: Contest, entry: Path, round_: int, facts: dict[str, Any]
 ) -> None:
     """Write pseudo-K.csv, its picture and, last, its record."""
-    latest = runs.latest_finetune(entry.name)
-    images = contest.manifest("unlabeled").usable()
-    digests = contest.manifest("train").usable().sha256
-    for file in runs.numbered(contest.folder, "requested"):
-        known = np.isin(images.index, read_manifest(file).index)
-        digests = np.concatenate([digests, images.sha256[known]])
-    images = images.take(np.isin(images.index, eligible(images.index, images.sha256, digests)))
-    apart, what = _apart(contest, latest)
+    latest, c = runs.latest_finetune(entry.name), recipe.pseudo_label
+    apart, what = labeling.images_apart(contest, latest)
+    held = read_manifest(latest / "holdout.csv")
+    images = labeling.unlabeled_images(contest, labeling.labeled_images(contest, held))
     runs.say(f"labeling {len(images):,} images by {latest} …")
-    logits, logits_apart = (logits_of(latest, m, contest.classes) for m in (images, apart))
-    labeler = recipe.pseudo_label.strategy()
-    rows, labels, confidences, right = apply(labeler, logits, logits_apart, apart.label)
+    predictor = c.predictor()
+    evidence, temperature = labeling.evidence_of(contest, entry, latest, images, apart, predictor)
+    rows, labels, sure, predicted, right = apply(predictor, c.strategy(), evidence, apart.label)
     if not len(rows):
         raise InputError(
             f"pseudo_label: none of {len(images):,} images is sure enough; a lower bar is expected"
         )
-    manifest = Manifest.of("unlabeled", images.index[rows], labels, confidences, source=str(latest))
-    out = _next(entry, latest)
+    manifest = Manifest.of("unlabeled", images.index[rows], labels, sure, source=str(latest))
+    out, before = _next(entry, latest), _newest(entry)
+    new = labeling.changed(read_manifest(before), manifest) if before and round_ > 1 else 100.0
     write_manifest(out, manifest, PSEUDO_LABELS)
-    predicted, (of_apart, sure) = predictions(logits)[0], predictions(logits_apart)
-    found = summary(predicted, labels, right, contest.classes)
-    said = f"{found['coverage']:.1f} % of {found['eligible']:,} unlabeled images labeled"
-    if found["precision"] is not None:
-        said += f"; {found['precision']:.1f} ± {found['precision_error']:.1f} % right"
-        said += f", by {len(right):,} images of {what}"
+    found = summary(predicted, labels, right, contest.classes) | {"temperature": temperature}
+    found |= {"changed": new, "true_precision": labeling.true_precision(contest, manifest)}
+    said = labeling.in_words(found, what)
     names = contest.class_names or [str(k) for k in range(contest.classes)]
     per_class = [np.array(found[f"{kind}_per_class"]) for kind in ("predicted", "labeled")]
-    hits = of_apart == apart.label
-    coverage(out.with_suffix(".png"), per_class[0], per_class[1], sure, hits, names, said)
+    of_apart, confidences = predictions(evidence.logits[len(images) :])
+    hits, picture = of_apart == apart.label, out.with_suffix(".png")
+    coverage(picture, per_class[0], per_class[1], confidences, hits, names, said)
     made = {"round": round_, "classifier": str(latest), "precision_on": what}
     runs.write_json(out.with_suffix(".json"), facts | made | found)
+    labeling.write_rounds(entry)
     runs.say(f"{said}\nwrote {out}, .png and .json; next: make finetune")
 
 
@@ -123,15 +128,6 @@ def _next(entry: Path, latest: Path) -> Path:
     number = int(newest.stem.split("-")[1]) if newest else 0
     same = newest and read_manifest(newest).source[:1].tolist() == [str(latest)]
     return entry / f"pseudo-{number if same else number + 1}.csv"
-
-
-def _apart(contest: Contest, latest: Path) -> tuple[Manifest, str]:
-    """Labeled images that the classifier was not trained on, and what they are."""
-    held = read_manifest(latest / "holdout.csv")
-    if len(held):
-        return held, "the held-out labels"
-    val = contest.manifest("val").usable() if "val" in contest.splits else held
-    return val.take(val.label >= 0), "val (reported, not chosen by)"
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def test_each_cell_is_run_once_and_the_table_says_what_the_runs_wrote(
     for name, temperature in (("mini98_a", 0.2), ("mini98_b", 0.5)):
         write_recipe(name, temperature)
     Path("docs").mkdir()
-    Path("docs/methods.md").write_text(TEXT.format(comparison.BEGIN, comparison.END))
+    Path("docs/methods.md").write_text(TEXT.format(*comparison.marks("compare-methods")))
     options = ["--best", "1", "--seeds", "2"]
     compare(*options)
     a, b = (result("pretrain", f"mini98_{x}-s0")["knn"] for x in "ab")

@@ -130,7 +130,7 @@ def test_what_is_frozen_does_not_move(pretrained: Path, train: str, moved: int) 
 def test_the_backbone_has_its_own_rate_and_ema_lags() -> None:
     torch.manual_seed(0)
     encoder = build_encoder("resnet10t")
-    module = Supervised(Classifier(encoder, build_head("linear", 512, 3)), 0.0, 0.9)
+    module = Supervised(Classifier(encoder, build_head("linear", 512, 3)), 3, ema=0.9)
     start = module.averaged.head.weight.clone()  # type: ignore[union-attr, operator]
     with torch.no_grad():
         module.classifier.head.weight.add_(1.0)  # type: ignore[operator]
@@ -273,3 +273,37 @@ def test_a_resumed_round_is_bit_identical(
     resumed = load_torch(run(*options) / "checkpoint.pt")
     assert resumed["step"] == whole["step"] == 20
     assert all(torch.equal(v, resumed["module"][k]) for k, v in whole["module"].items())
+
+
+def test_all_that_regularizes_goes_together(pretrained: Path) -> None:
+    """Layer-wise rates, both mixes, balance and weights; interrupted, it ends the same."""
+    write_manifest(
+        pretrained / "more.csv",
+        Manifest.of("unlabeled", np.arange(9), np.zeros(9, np.int64), np.linspace(0.1, 0.9, 9)),
+        ["split", "index", "label", "confidence", "source"],
+    )
+    options = ["--finetune.manifests=[train,more.csv]", "--finetune.balanced=true"]
+    options += ["--finetune.mixup=0.4", "--finetune.cutmix=1.0", "--finetune.layer_decay=0.5"]
+    options += ["--finetune.weigh_by_confidence=true", "--finetune.ema=0.5"]
+    whole = load_tensors(run(*options) / "classifier.safetensors")[0]
+    plain = load_tensors(run(*options[:2], force=True) / "classifier.safetensors")[0]
+    assert not torch.equal(whole["head.weight"], plain["head.weight"])
+    again = load_tensors(run(*options, force=True) / "classifier.safetensors")[0]
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("kind", ["FixMatch", "FreeMatch"])
+def test_unlabeled_images_are_learned_from(pretrained: Path, kind: str) -> None:
+    """Its log tells how many are sure enough; started again from a checkpoint, it ends the same."""
+    options = [f"--finetune.consistency={kind}", "--finetune.consistency.ratio=2"]
+    options += ["--finetune.view.crop_scale=[0.6,1.0]", "--finetune.log_steps=5"]
+    folder = run(*options)
+    history = read_json(folder / "history.json", "")
+    assert all(0 <= point["used"] <= 100 for point in history if "loss" in point)
+    first = load_tensors(folder / "classifier.safetensors")[0]
+    again = load_tensors(run(*options, force=True) / "classifier.safetensors")[0]
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    plain = load_tensors(run(*options[2:], force=True) / "classifier.safetensors")[0]
+    assert not torch.equal(first["head.weight"], plain["head.weight"])
+    assert set(plain) == set(first)  # no state of the consistency is in what is kept

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline import InputError, runs
 from pipeline.manifest import read_manifest
@@ -65,11 +66,75 @@ def test_a_threshold_takes_only_sure_images(here: Path) -> None:
     options = ("--pseudo_label.strategy", "Threshold", "--pseudo_label.strategy.confidence", "0.97")
     start(pseudo_label, *options)
     manifest = read_manifest(Path("runs/entry/pseudo-1.csv"))
-    logits = np.load(latest / "logits/unlabeled.npy").astype(np.float64)
+    logits = np.load(latest / "logits/unlabeled.npy").astype(np.float64) / record()["temperature"]
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     sure = [k for k in range(60) if p[k].max() >= 0.97 and k not in (SKIPPED, IN_VAL)]
     assert manifest.index.tolist() == sure
     assert (manifest.confidence >= 0.97).all()
+
+
+def test_confidences_are_calibrated_by_held_out_labels(here: Path) -> None:
+    """The temperature is that of the least cross entropy; without held-out labels there is none."""
+    latest = write_finetune(sharp=8.0)
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
+    logits = np.load(latest / "logits/train.npy")[0:20:2].astype(np.float64)
+    truth = np.array([label("train", k) for k in range(0, 20, 2)])
+
+    def loss(t: float) -> float:
+        z = logits / t
+        return float((np.log(np.exp(z).sum(1)) - z[np.arange(10), truth]).mean())
+
+    t = record()["temperature"]
+    assert loss(t) < min(loss(0.9 * t), loss(1.1 * t))
+    sure = read_manifest(Path("runs/entry/pseudo-1.csv")).confidence
+    np.save(latest / "logits/unlabeled.npy", 10 * np.load(latest / "logits/unlabeled.npy"))
+    np.save(latest / "logits/train.npy", 10 * np.load(latest / "logits/train.npy"))
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
+    again = read_manifest(Path("runs/entry/pseudo-1.csv")).confidence
+    np.testing.assert_allclose(again, sure, rtol=1e-2)  # sharper logits are as sure
+    (latest / "holdout.csv").write_text("split,index,label,source\n")
+    start(pseudo_label, force=True)
+    assert record()["temperature"] is None
+
+
+def test_labels_propagate_over_the_embeddings(here: Path) -> None:
+    """From train and what was requested, without what is held out, to what is near."""
+    write_finetune()
+    Path("data_manifests/small/requested-1.csv").write_text(
+        "split,index,label,source\nunlabeled,0,1,x\nunlabeled,50,2,x\n"
+    )
+    options = ("--pseudo_label.predictor", "Propagation", "--pseudo_label.predictor.neighbors", "8")
+    start(pseudo_label, *options, "--pseudo_label.strategy.fraction", "1.0")
+    manifest = read_manifest(Path("runs/entry/pseudo-1.csv"))
+    right = [
+        label("unlabeled", k) == given
+        for k, given in zip(manifest.index, manifest.label, strict=True)
+    ]
+    assert len(right) == 54
+    assert np.mean(right) > 0.8
+    assert ((manifest.confidence >= 0) & (manifest.confidence <= 1)).all()
+    assert record()["precision_images"] == 10
+    Path("runs/entry/embeddings/train.npy").unlink()
+    with pytest.raises(InputError, match=r"train.npy is not there; `make embed` makes it"):
+        start(pseudo_label, *options)
+
+
+def test_a_rehearsal_tells_the_true_precision(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_finetune()
+    Path("data/small/made_from.json").write_text(
+        json.dumps({"asked": {"root": str(here / "small")}})
+    )
+    torch.save(torch.tensor([label("unlabeled", k) for k in range(60)]), here / "small.oracle.pt")
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "0.5")
+    manifest = read_manifest(Path("runs/entry/pseudo-1.csv"))
+    right = [
+        label("unlabeled", k) == given
+        for k, given in zip(manifest.index, manifest.label, strict=True)
+    ]
+    assert record()["true_precision"] == pytest.approx(100 * np.mean(right))
+    assert f"; in truth {100 * np.mean(right):.1f} %" in capsys.readouterr().out
 
 
 def test_no_sure_image_is_a_mistake(here: Path) -> None:
@@ -158,6 +223,25 @@ def test_rounds_fine_tune_in_between(here: Path, fine_tuned: list[str]) -> None:
     assert [record(k)["round"] for k in (1, 2, 3)] == [1, 2, 3]
     start(pseudo_label, "--pseudo_label.rounds", "3")  # nothing left to do
     assert len(fine_tuned) == 2
+
+
+def test_rounds_stop_when_little_changes(
+    here: Path, fine_tuned: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The classifiers of the rounds differ by noise: some labels change, but not 90 %."""
+    write_finetune()
+    options = ("--pseudo_label.rounds", "5", "--pseudo_label.strategy.fraction", "1.0")
+    start(pseudo_label, *options, "--pseudo_label.stop_below", "90")
+    assert len(fine_tuned) == 1
+    changed = record(2)["changed"]
+    assert 0 < changed < 90
+    assert f"{changed:.1f} % of the labels changed: no further round" in capsys.readouterr().out
+    start(pseudo_label, *options, "--pseudo_label.stop_below", "90")
+    assert len(fine_tuned) == 1
+    rows = Path("runs/entry/pseudo-rounds.csv").read_text().splitlines()
+    assert rows[0].startswith("file,round,classifier,labeled,coverage,precision")
+    assert [row.split(",")[0] for row in rows[1:]] == ["pseudo-1.csv", "pseudo-2.csv"]
+    assert Path("runs/entry/pseudo-rounds.png").is_file()
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -1,0 +1,136 @@
+"""Label propagation on a graph of nearest neighbors, a block of classes at a time."""
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_matrix, diags
+from scipy.special import softmax, xlogy
+
+from pipeline import InputError
+from pipeline.neighbours import graph
+from pipeline.progress import progress
+from pipeline.pseudo_labels import Evidence, Predictor
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+_NUMBERS = 1 << 24  # of a block of classes, over all images
+
+
+class Propagation(Predictor):
+    uses_embeddings = True
+
+    def __init__(
+        self,
+        neighbors: int = 50,
+        gamma: float = 3.0,
+        alpha: float = 0.99,
+        iterations: int = 20,
+        prior: float = 0.0,
+        balanced: bool = True,
+    ) -> None:
+        """Labels diffuse over the graph of nearest neighbors; an image is as sure as the entropy of
+        what reaches it is low (Iscen et al., arXiv 1904.04717, section 3.2, equations 9 to 12).
+
+        Solves (I - alpha S) Z = Y by conjugate gradient, S the normalized affinity.  A row of Y is
+        an image's label or, times `prior`, the classifier's probabilities.  An image is as sure as
+        1 less the entropy of its row of Z over its maximum; one that nothing reaches is not sure.
+        Memory grows with the images, not with the classes.
+
+        Args:
+            neighbors: of an image in the graph.
+            gamma: power of their cosine that an edge weighs.
+            alpha: part that comes from the neighbors; the rest are the labels themselves.
+            iterations: of conjugate gradient.
+            prior: what the classifier's probabilities of an image weigh beside a label; 0 leaves
+                the classifier out.
+            balanced: every class has as much to give in total, as in class mass normalization (Zhu
+                et al., 2003).
+        """
+        for name, value, least in (
+            ("neighbors", neighbors, 1),
+            ("gamma", gamma, 0),
+            ("iterations", iterations, 1),
+            ("prior", prior, 0),
+        ):
+            if value < least:
+                raise InputError(f"Propagation: {name} is {value}; {least} or more is expected")
+        if not 0 <= alpha < 1:
+            raise InputError(f"Propagation: alpha is {alpha}; from 0 to below 1 is expected")
+        self.neighbors, self.gamma, self.alpha = neighbors, gamma, alpha
+        self.iterations, self.prior, self.balanced = iterations, prior, balanced
+
+    def __call__(self, evidence: Evidence) -> tuple[Ints, Floats]:
+        n, classes = evidence.logits.shape
+        s = affinity(np.concatenate([evidence.x, evidence.labeled]), self.neighbors, self.gamma)
+        best, highest, total, product = (
+            np.zeros(n, np.int64),
+            np.full(n, -1.0),
+            np.zeros(n),
+            np.zeros(n),
+        )
+        step = max(1, _NUMBERS // s.shape[0])
+        with progress("propagating labels", classes, "classes") as advance:
+            for first in range(0, classes, step):
+                block = np.arange(first, min(first + step, classes))
+                y = np.zeros((s.shape[0], len(block)), np.float32)
+                if self.prior:
+                    y[:n] = self.prior * _columns(evidence.logits, block)
+                y[n:] = evidence.labels[:, None] == block
+                z = np.maximum(conjugate_gradient(s, y, self.alpha, self.iterations), 0)
+                if self.balanced:
+                    z /= np.maximum(z.sum(0), 1e-30)
+                z = z[:n].astype(np.float64)
+                total += z.sum(1)
+                product += xlogy(z, z).sum(1)
+                largest = z.max(1)
+                higher = largest > highest
+                best[higher] = block[z.argmax(1)[higher]]
+                highest = np.maximum(highest, largest)
+                advance(len(block))
+        reached = total > 0
+        with np.errstate(divide="ignore", invalid="ignore"):
+            entropy = np.log(total) - product / total  # of z / total
+        sure = np.where(reached, 1 - entropy / np.log(max(classes, 2)), 0)
+        return best, np.clip(sure, 0, 1).astype(np.float32)
+
+
+def _columns(logits: Floats, block: Ints) -> Floats:
+    """Columns `block` of the softmax of the rows of `logits`, in bounded memory."""
+    out = np.empty((len(logits), len(block)), np.float32)
+    step = max(1, _NUMBERS // logits.shape[1])
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        out[rows] = softmax(logits[rows].astype(np.float64), axis=1)[:, block]
+    return out
+
+
+def affinity(x: Floats, neighbors: int, gamma: float) -> csr_matrix:
+    """S = D^-1/2 W D^-1/2 [n, n] of unit vectors `x` [n, d], W the sum of the affinities of a row's
+    nearest neighbors and their transpose, its diagonal 0.
+    """
+    similarities, near = graph(x, neighbors)
+    n, k = near.shape
+    values = np.maximum(similarities, 0) ** gamma
+    w = csr_matrix((values.ravel(), (np.repeat(np.arange(n), k), near.ravel())), (n, n))
+    w = w + w.T
+    degree = np.asarray(w.sum(1)).ravel()
+    scale = diags(1 / np.sqrt(np.where(degree > 0, degree, 1)))
+    return (scale @ w @ scale).tocsr().astype(np.float32)
+
+
+def conjugate_gradient(s: csr_matrix, y: Floats, alpha: float, iterations: int) -> Floats:
+    """Z [n, c] of (I - alpha s) Z = y after `iterations` of conjugate gradient, each column for
+    itself; a column that is solved stays as it is.
+    """
+    z, r = np.zeros_like(y), y.copy()
+    p, rr = r.copy(), np.einsum("nc,nc->c", r, r)
+    for _ in range(iterations):
+        q = p - alpha * (s @ p)
+        pq = np.einsum("nc,nc->c", p, q)
+        a = np.divide(rr, pq, out=np.zeros_like(rr), where=pq > 0)
+        z += a * p
+        r -= a * q
+        new = np.einsum("nc,nc->c", r, r)
+        p = r + np.divide(new, rr, out=np.zeros_like(rr), where=rr > 0) * p
+        rr = new
+    return z

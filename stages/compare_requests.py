@@ -1,0 +1,129 @@
+"""Compare label-request strategies on a rehearsal: a table and a plot, from the runs' own records.
+
+python -m stages.compare_requests --recipe recipes/mini98_requests.yaml [--seeds 5]
+With each seed the entry's encoder is fine-tuned on train alone (the floor); then every strategy
+asks for `label_request.budget` images and gets their true labels from the rehearsal's
+OUT.oracle.pt, and the encoder is fine-tuned on both, in as many steps as the first run.  Reads
+runs/ENTRY/{pretrain, embeddings}; writes runs/ENTRY/requests/STRATEGY-sSEED, docs/requests/ENTRY.
+{json, png} and a table in docs/labels.md.  What is finished is not run again.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import InputError, comparison, config, runs
+from pipeline.answers import write_request
+from pipeline.labeling import true_labels
+from pipeline.machine import processor
+from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
+from pipeline.recipe import Recipe
+from pipeline.request_report import accuracies, overlap
+from pipeline.selection import Candidates, Strategy, candidates_of, choose
+from stages import finetune
+
+FLOOR = "none"
+DOCS = Path("docs")
+
+
+@dataclass(frozen=True)
+class Options:
+    seeds: int = field(default=5, metadata={"help": "Runs of each strategy."})
+    strategies: str = field(
+        default="", metadata={"help": "Names with commas between; every strategy if none."}
+    )
+
+
+@dataclass
+class Cells:
+    """The runs of a recipe that is compared, each in runs/ENTRY/requests/STRATEGY-sSEED."""
+
+    argv: list[str]
+    recipe: Recipe
+    folder: Path
+    truth: Any  # [images] of the unlabeled split
+    steps: int | None = None
+
+    def tune(self, name: str, seed: int) -> dict[str, Any]:
+        """Fine-tune on train and what was asked for; what the record of the cell says."""
+        cell, answer = self.folder / f"{name}-s{seed}", self.folder / f"{name}-s{seed}.csv"
+        manifests = "[train]" if name == FLOOR else f"[train, {answer}]"
+        words = [*self.argv, "--seed", str(seed), "--finetune.manifests", manifests]
+        words += ["--finetune.unlabeled", "true" if name == FLOOR else "false"]
+        words += ["--finetune.steps", str(self.steps)] if self.steps else []
+        runs.say(f"\n{name}, seed {seed}")
+        recipe, _, plain = config.parse("", Options, words)
+        finetune.run(recipe, plain, folder=cell)
+        made = runs.read_json(cell / "provenance.json", "make compare-requests")
+        plan = runs.read_json(cell / "plan.json", "make compare-requests")
+        self.steps = sum(plan["steps"])
+        keys = {"strategy": name, "seed": seed, "steps": self.steps, "commit": made["commit"]}
+        return keys | made["results"]
+
+    def ask(self, kinds: list[type[Strategy]], seed: int) -> None:
+        """The requests that were not made yet, with their true labels."""
+        candidates: Candidates | None = None
+        c, contest = self.recipe.label_request, load_contest(self.recipe.data.contest)
+        for kind in kinds:
+            file = self.folder / f"{kind.__name__}-s{seed}.csv"
+            if file.is_file():
+                continue
+            if candidates is None:
+                embeddings = runs.finished(self.folder.with_name("embeddings"), "make embed")
+                logits = self.folder / f"{FLOOR}-s{seed}" / "logits" / "unlabeled.npy"
+                candidates = candidates_of(contest, embeddings, [logits], [], c.near_duplicate)
+            index = choose(kind(), candidates, c.budget, seed).indices
+            write_request(self.folder / f"{kind.__name__}-s{seed}.request.csv", index)
+            answer = Manifest.of("unlabeled", index, self.truth[index], source=kind.__name__)
+            write_manifest(file, answer)
+
+
+def run(argv: list[str], seeds: int, names: str) -> None:
+    """Every cell that is not finished, then the table and the pictures."""
+    recipe, _, _ = config.parse("", Options, argv)
+    contest, entry, kinds = (
+        load_contest(recipe.data.contest),
+        recipe.entry or "entry",
+        _kinds(names),
+    )
+    if not contest.rehearsal:
+        raise InputError(f"{contest.name} is no rehearsal; true labels are known only there")
+    truth = true_labels(contest)
+    if truth is None:
+        raise InputError(f"{contest.oracle} is not there; the rehearsal's true labels are expected")
+    cells = Cells(argv, recipe, runs.entry_folder(entry) / "requests", truth)
+    records = []
+    for seed in range(seeds):
+        records.append(cells.tune(FLOOR, seed))
+        cells.ask(kinds, seed)
+        records += [cells.tune(kind.__name__, seed) for kind in kinds]
+    file, budget = DOCS / "requests" / f"{entry}.json", recipe.label_request.budget
+    command = shlex.join(["python", "-m", "stages.compare_requests", *sys.argv[1:]])
+    done = {"contest": contest.name, "budget": budget, "machine": processor(), "command": command}
+    runs.write_json(file, done | {"cells": records})
+    accuracies(file.with_suffix(".png"), records, FLOOR, f"{budget:,} labels of {contest.name}")
+    first = {k.__name__: read_manifest(cells.folder / f"{k.__name__}-s0.csv").index for k in kinds}
+    overlap(cells.folder, first)
+    text = comparison.request_table(records, FLOOR, done)
+    comparison.put(DOCS / "labels.md", "compare-requests", text)
+    runs.say(f"wrote {file}, .png and {DOCS / 'labels.md'}; next: commit them")
+
+
+def _kinds(names: str) -> list[type[Strategy]]:
+    """The named strategies, with the random control; all where none is named."""
+    known = {kind.__name__: kind for kind in Strategy.__subclasses__()}
+    chosen = [name.strip() for name in names.split(",") if name.strip()] or list(known)
+    if unknown := [name for name in chosen if name not in known]:
+        raise InputError(f"there is no strategy {unknown[0]}; {', '.join(known)} are expected")
+    return [known[name] for name in dict.fromkeys(["Random", *chosen])]
+
+
+def main() -> None:
+    _, options, _ = config.parse(__doc__, Options)
+    run(sys.argv[1:], options.seeds, options.strategies)
+
+
+if __name__ == "__main__":
+    runs.stage(main)
