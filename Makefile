@@ -10,7 +10,7 @@ given = $(if $($(2)),--$(1) "$($(2))")
 STAGE = $(VENV) $(LAUNCH) -m
 
 .PHONY: help setup demo test lint type check data pretrain embed evaluate label-request \
-	import-labels pseudo-label finetune submit rehearse compare-methods compare-requests bench
+	import-labels pseudo-label finetune submit audit rehearse compare-methods compare-requests bench
 
 help: ## List what can be made, in the order of use
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
@@ -43,10 +43,10 @@ embed: .venv/.installed ## Embed every split (LAUNCH=)
 evaluate: .venv/.installed ## Judge the embeddings: kNN, linear, nearest neighbors
 	$(VENV) python -m stages.evaluate $(recipe) $(ARGS)
 
-label-request: .venv/.installed ## Choose the images to ask labels for
-	$(VENV) python -m stages.label_request $(recipe) $(ARGS)
+label-request: .venv/.installed ## Choose the images to ask labels for (FORMAT=label-studio)
+	$(VENV) python -m stages.label_request $(recipe) $(call given,format,FORMAT) $(ARGS)
 
-import-labels: .venv/.installed ## Check and keep the organizers' answer (ANSWER=label_NN.pt)
+import-labels: .venv/.installed ## Check and keep the answer (ANSWER=label_NN.pt, or Label Studio's export.json)
 	$(VENV) python -m stages.import_labels $(recipe) $(call given,answer,ANSWER) $(ARGS)
 
 pseudo-label: .venv/.installed ## Label what the classifier is sure of (LAUNCH=)
@@ -57,6 +57,9 @@ finetune: .venv/.installed ## Train a classifier on every label there is (LAUNCH
 
 submit: .venv/.installed ## Write and check the submission
 	$(VENV) python -m stages.submit $(recipe) $(ARGS)
+
+audit: .venv/.installed ## Show images that look the same and labels that look wrong
+	$(VENV) python -m stages.audit $(recipe) $(ARGS)
 
 rehearse: .venv/.installed ## Make a contest of classified images (SOURCE=folder, cifar10, stl10, … OUT=contests/NAME)
 	$(VENV) python -m stages.rehearse make --source "$(or $(SOURCE),$(error SOURCE= is missing, as in: make rehearse SOURCE=cifar10))" --out "$(or $(OUT),contests/$(notdir $(SOURCE:/=)))" $(ARGS)

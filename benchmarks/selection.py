@@ -21,6 +21,8 @@ from subprocess import run
 
 import numpy as np
 
+import pipeline.strategies  # noqa: F401  (registers the strategies)
+from pipeline import neighbours
 from pipeline.neighbours import graph, kmeans, search
 from pipeline.selection import NEIGHBORS, Candidates, Strategy, choose
 

@@ -1,5 +1,6 @@
 """The organizers' files: a label request, and the answer to it, checked against it."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pipeline import InputError
 from pipeline.checkpoint import load_torch
-from pipeline.runs import replacing
+from pipeline.runs import read_json, replacing
 
 Ints = npt.NDArray[np.int64]
 
@@ -48,6 +49,25 @@ def read_request(path: Path, images: int) -> Ints:
     return np.array(list(asked), np.int64)
 
 
+def check_request(request: Path, indices: Ints) -> None:
+    """Raise InputError where a request is not the one that label-request wrote there."""
+    made = request.with_name("request.json")
+    if not made.is_file():
+        return
+    facts = read_json(made, "make label-request")
+    digest = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+    if facts["file"] == request.name and facts["indices_sha256"] != digest:
+        raise InputError(
+            f"{request} was changed since label-request wrote it; the answer's order would be "
+            f"another one (`make label-request ARGS=--force` asks anew)"
+        )
+
+
+def shown(indices: Ints) -> str:
+    """The first few images, as people read them."""
+    return ", ".join(f"{n}.png" for n in indices[:3]) + (", …" if len(indices) > 3 else "")
+
+
 def read_answer(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
     """The labels [n] of the images `indices` that the file `request` asks for, in its order.
 
@@ -59,7 +79,10 @@ def read_answer(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
         return _read_tensor(path, request, indices, classes)
     if path.suffix.lower() in (".csv", ".txt"):
         return _read_csv(path, request, indices, classes)
-    raise InputError(f"{path}: an answer is a .pt file (an int64 tensor) or a .csv (N.png,label)")
+    raise InputError(
+        f"{path}: an answer is a .pt file (an int64 tensor), a .csv (N.png,label) or a .json "
+        f"(Label Studio's export)"
+    )
 
 
 def _rows(path: Path) -> list[tuple[int, str]]:
@@ -119,9 +142,8 @@ def _read_csv(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
         labels[place[index]], seen[index] = label, row
     missing = indices[labels < 0]
     if len(missing):
-        first = ", ".join(f"{n}.png" for n in missing[:3]) + (", …" if len(missing) > 3 else "")
         raise InputError(
             f"{path} lacks {len(missing):,} of the {len(indices):,} labels that {request} asks "
-            f"for: {first}"
+            f"for: {shown(missing)}"
         )
     return labels

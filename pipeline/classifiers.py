@@ -49,6 +49,29 @@ class Classifier(nn.Module):
         return self
 
 
+class Ensemble(nn.Module):
+    """Images [b, 3, h, w] to the logarithm [b, classes] of the weighted mean probability by several
+    classifiers, each at its own size, with `mirror` of images and their mirror images.
+    """
+
+    def __init__(
+        self, members: list[Classifier], weights: list[float], sizes: list[int], mirror: bool
+    ) -> None:
+        super().__init__()
+        self.members, self.weights = nn.ModuleList(members), weights
+        self.sizes, self.mirror = sizes, mirror
+
+    def forward(self, images: Tensor) -> Tensor:
+        views = [images, images.flip(3)] if self.mirror else [images]
+        total = torch.zeros((), device=images.device)
+        for member, weight, size in zip(self.members, self.weights, self.sizes, strict=True):
+            for view in views:
+                if view.shape[2:] != (size, size):
+                    view = F.interpolate(view, (size, size), mode="bilinear", antialias=True)
+                total = total + weight / len(views) * member(view).float().softmax(1)
+        return total.clamp_min(1e-12).log()
+
+
 def stages_of(encoder: nn.Module) -> list[list[str]]:
     """Names of the encoder's parameters, from the stem on, stage by stage as timm groups them."""
     groups = group_parameters(encoder, encoder.group_matcher(coarse=True))  # type: ignore[operator]

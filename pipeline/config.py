@@ -10,7 +10,8 @@ import jsonargparse._typehints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from pipeline import InputError
-from pipeline.recipe import BUDGETS, Recipe
+from pipeline.recipe import Recipe
+from pipeline.training_recipe import BUDGETS
 
 _KINDS = {
     "NoneType": "null",

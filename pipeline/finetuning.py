@@ -83,12 +83,13 @@ def finetuner(
     pool = contest.pool(train)
     targets = torch.from_numpy(train.label), torch.from_numpy(weights.astype(np.float32))
     further = recipe.seed, contest.mean, contest.std, accelerator
-    feed: Feed | JoinedFeed = Feed(pool, [c.view], c.batch_size, *further, targets)
+    own = Feed(pool, [c.view], c.batch_size, *further, targets)
+    feed: Feed | JoinedFeed = own
     if consistency is not None:
         images = contest.manifest("unlabeled").usable()
         views, size_of_both = [c.view, c.strong_view], consistency.ratio * c.batch_size
         further = recipe.seed + 1, *further[1:]
-        feed = JoinedFeed(feed, Feed(contest.pool(images), views, size_of_both, *further))
+        feed = JoinedFeed(own, Feed(contest.pool(images), views, size_of_both, *further))
     plateau = None
     if c.schedule == "plateau":
         if not len(seen):

@@ -119,8 +119,8 @@ def write_rounds(entry: Path) -> None:
     """Write pseudo-rounds.csv and .png of the records pseudo-K.json in `entry`."""
     files = [f.with_suffix(".json") for f in runs.numbered(entry, "pseudo")]
     rounds = [runs.read_json(f, "make pseudo-label") for f in files if f.is_file()]
-    columns = ("round", "classifier", "labeled", "coverage", "precision", "precision_error")
-    columns += ("true_precision", "changed", "temperature")
+    columns = ["round", "classifier", "labeled", "coverage", "precision", "precision_error"]
+    columns += ["true_precision", "changed", "temperature"]
     with runs.replacing(entry / "pseudo-rounds.csv") as aside, aside.open("w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["file", *columns])

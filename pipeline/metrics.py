@@ -55,11 +55,16 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
     """What `logits` [n, classes] have to be divided by so that their softmax says how often they
     are right: the least cross entropy with the `labels` [n], from 0.05 to 20 (Guo et al., arXiv
     1706.04599, section 4.2).
+
+    As in Platt's scaling, one of n + 2 images counts as any class: of few images that are all right
+    it does not follow that every image is.
     """
+    unknown = 1 / (len(labels) + 2)
 
     def loss(log_t: float) -> float:
         log_p = log_softmax(logits.astype(np.float64) / np.exp(log_t), axis=1)
-        return -float(log_p[np.arange(len(labels)), labels].mean())
+        own = log_p[np.arange(len(labels)), labels].mean()
+        return -float((1 - unknown) * own + unknown * log_p.mean())
 
     bounds = np.log(0.05), np.log(20)
     return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))

@@ -60,8 +60,8 @@ class Threshold(PseudoLabeler):
         Args:
             confidence: the lowest that is taken.
             flexible: the bar of a class is lower the fewer images of it reach the common one,
-                counted over those of the class that most do (FlexMatch, arXiv 2110.08263,
-                equations 5, 6 and 11).
+                counted over those of the class that most do, x / (2 - x) of it (FlexMatch, arXiv
+                2110.08263, sections 3.1 and 3.3).
         """
         if not 0 <= confidence <= 1:
             raise InputError(f"Threshold: confidence is {confidence}; from 0 to 1 is expected")
@@ -72,7 +72,7 @@ class Threshold(PseudoLabeler):
         if not self.flexible or not sure.any():
             return np.flatnonzero(sure)
         counts = np.bincount(labels[sure], minlength=labels.max() + 1)
-        learned = counts / max(counts.max(), (~sure).sum())
+        learned = counts / counts.max()
         bars = self.confidence * learned / (2 - learned)
         return np.flatnonzero(confidences >= bars[labels])
 

@@ -203,7 +203,7 @@ def accuracies(path: Path, records: Sequence[dict[str, Any]], floor: str, title:
     by: dict[str, list[float]] = {}
     for record in records:
         by.setdefault(record["strategy"], []).append(record["val_top1"])
-    base = np.mean(by.pop(floor))
+    base = float(np.mean(by.pop(floor)))
     names = sorted(by, key=lambda name: np.mean(by[name]))
     height = 1.4 + 0.42 * len(names)
     figure = Figure((9, height))

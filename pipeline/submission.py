@@ -14,7 +14,7 @@ import torch
 
 from pipeline import InputError, classifiers, encoders, organizers
 from pipeline.checkpoint import load_tensors, save_torch
-from pipeline.classifiers import load_classifier
+from pipeline.ensembles import Choice, build
 from pipeline.inference import predict_split
 from pipeline.manifest import Contest, Manifest, read_manifest
 from pipeline.recipe import Submit
@@ -22,6 +22,7 @@ from pipeline.runs import sha256, write_json
 
 TOLERANCE = 0.1  # points between the submission's score and the fine-tuned model's own
 CARD = "card.json"
+WEIGHTS = "classifier.safetensors"
 FILES = ("submission.py", "model.pth", "predictions.csv")
 
 _PROGRAM = '''\
@@ -45,8 +46,7 @@ email_address = {email_address!r}
 
 def get_model() -> nn.Module:
     """The classifier, randomly initialized; maps [b, 3, h, w] to logits [b, {classes}]."""
-    encoder = build_encoder({name!r}, {stem!r}, **{options!r})
-    return Classifier(encoder, build_head({kind!r}, {features!r}, {classes!r}))
+{model}
 
 
 def eval_transform(image: Image.Image) -> Tensor:
@@ -64,39 +64,72 @@ def eval_transform(image: Image.Image) -> Tensor:
 '''
 
 
-def program(metadata: dict[str, Any], size: tuple[int, int], team: Submit) -> str:
+_MEMBER = """\
+    encoder = build_encoder({name!r}, {stem!r}, **{options!r})
+    {target} Classifier(encoder, build_head({kind!r}, {features!r}, {classes!r}))"""
+
+
+def program(
+    loaded: list[dict[str, Any]], choice: Choice, size: tuple[int, int], team: Submit
+) -> str:
     """The text of submission.py.
 
-    `metadata` is a classifier's (see `classifiers.load_classifier`), `size` [h, w] of the packed
-    images.  Encoder, head and the reading of odd images are the project's own source text.
+    `loaded` is the metadata of the members (see `classifiers.load_classifier`), `size` [h, w] of
+    the packed images.  Encoder, head and the reading of odd images are the project's own source
+    text.
     """
-    head = metadata["head"]
+    head, sizes = loaded[0]["head"], [int(metadata["resolution"]) for metadata in loaded]
+    names = ["return"] if choice.plain else [f"member_{k} =" for k in range(len(loaded))]
+    lines = [
+        _MEMBER.format(target=target, **metadata["encoder"], **metadata["head"])
+        for target, metadata in zip(names, loaded, strict=True)
+    ]
+    source = inspect.getsource(classifiers.Classifier)
+    if not choice.plain:
+        source += "\n\n" + inspect.getsource(classifiers.Ensemble)
+        members = ", ".join(f"member_{k}" for k in range(len(loaded)))
+        rest = f"{choice.weights!r}, {sizes!r}, {choice.mirror!r}"
+        lines.append(f"    return Ensemble([{members}], {rest})")
     return _PROGRAM.format(
         team_id=team.team_id,
         team_name=team.team_name,
         email_address=team.email_address,
         encoders=inspect.getsource(encoders),
         build_head=inspect.getsource(classifiers.build_head),
-        classifier=inspect.getsource(classifiers.Classifier),
-        name=metadata["encoder"]["name"],
-        stem=metadata["encoder"]["stem"],
-        options=metadata["encoder"]["options"],
-        kind=head["kind"],
-        features=head["features"],
+        classifier=source,
+        model="\n".join(lines),
         classes=head["classes"],
-        resolution=metadata["resolution"],
+        resolution=max(sizes),
         height=size[0],
         width=size[1],
-        mean=[float(v) for v in metadata["mean"]],
-        std=[float(v) for v in metadata["std"]],
+        mean=[float(v) for v in loaded[0]["mean"]],
+        std=[float(v) for v in loaded[0]["std"]],
     )
 
 
-def write_program(folder: Path, classifier: Path, size: tuple[int, int], team: Submit) -> None:
-    """Write submission.py and model.pth (a plain state dict) of a saved classifier."""
-    tensors, metadata = load_tensors(classifier)
-    (folder / "submission.py").write_text(program(metadata, size, team), encoding="utf-8")
-    save_torch(folder / "model.pth", tensors)
+def write_program(folder: Path, choice: Choice, size: tuple[int, int], team: Submit) -> None:
+    """Write submission.py and model.pth, a plain state dict."""
+    loaded = [load_tensors(member / WEIGHTS) for member in choice.members]
+    text = program([metadata for _, metadata in loaded], choice, size, team)
+    (folder / "submission.py").write_text(text, encoding="utf-8")
+    parts = [tensors for tensors, _ in loaded]
+    if not choice.plain:
+        named = [{f"members.{k}.{n}": t for n, t in part.items()} for k, part in enumerate(parts)]
+        parts = [{name: tensor for part in named for name, tensor in part.items()}]
+    save_torch(folder / "model.pth", parts[0])
+
+
+def own_logits(choice: Choice, contest: Contest, split: str, made: Path) -> Path:
+    """The file of what the submitted models say of a split, [images, classes] float32: the
+    fine-tuning's own, or for several it is written into `made`.
+    """
+    if choice.plain:
+        return choice.members[0] / "logits" / f"{split}.npy"
+    model, size = build(choice.members, choice.weights, choice.mirror)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    file = made / f"{split}.npy"
+    predict_split(model, contest, split, file, contest.classes, size, exact=True)
+    return file
 
 
 class Check(NamedTuple):
@@ -108,28 +141,28 @@ class Check(NamedTuple):
     own: float  # percent
 
 
-def check(folder: Path, contest: Contest, logits: Path) -> Check:
+def check(folder: Path, contest: Contest, choice: Choice) -> Check:
     """Score the submission in `folder` on val as the organizers do, in a fresh process in float32.
 
-    `logits` holds the model's own, SPLIT.npy [images, classes].  Where the contest has no labeled
-    val, its train images are taken.  Raises InputError where the two scores differ by more than
-    0.1 point, or where the submission does not run.
+    Where the contest has no labeled val, its train images are taken.  Raises InputError where that
+    and the score of the models' own logits differ by more than 0.1 point, or where the submission
+    does not run.
     """
     split = "val" if "val" in contest.splits else "train"
     rows = contest.manifest(split).usable()
     rows = rows.take(rows.label >= 0)
     if not len(rows):
         raise InputError(f"contest {contest.name}: {split} has no labels to score a submission on")
-    predicted = np.load(logits / f"{split}.npy", mmap_mode="r")[rows.index].argmax(1)
-    own = 100 * float(np.mean(predicted == rows.label))
     with TemporaryDirectory() as made:
+        logits = np.load(own_logits(choice, contest, split, Path(made)), mmap_mode="r")
+        own = 100 * float(np.mean(logits[rows.index].argmax(1) == rows.label))
         _as_contest(Path(made), contest.root, split, rows)
         score = float(organizers.score(folder, Path(made), split)["accuracy"])
     if not abs(score - own) <= TOLERANCE:
         raise InputError(
             f"refused: as the organizers score it the submission reaches {score:.3f} % on {split}, "
             f"the fine-tuned model {own:.3f} %, and at most {TOLERANCE} point between them is "
-            f"expected; did {contest.root} change since {logits.parent} was made?"
+            f"expected; did {contest.root} change since {choice.members[0]} was made?"
         )
     return Check(split, len(rows), score, own)
 
@@ -142,17 +175,15 @@ def _as_contest(root: Path, source: Path, split: str, rows: Manifest) -> None:
     save_torch(root / f"{split}_label_tensor.pt", torch.from_numpy(rows.label))
 
 
-def write_predictions(folder: Path, classifier: Path, contest: Contest, split: str) -> int:
+def write_predictions(folder: Path, choice: Choice, contest: Contest, split: str) -> int:
     """Write predictions.csv, `id,label` with a row for each image of `split` in order, in float32.
 
     An image that cannot be read has a row too, with label 0: no gaps are allowed.  Returns their
     number.
     """
-    model, metadata = load_classifier(classifier)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    file, classes = folder / "logits.npy", metadata["head"]["classes"]
-    predict_split(model, contest, split, file, classes, metadata["resolution"], exact=True)
-    labels = np.load(file, mmap_mode="r").argmax(1)
+    with TemporaryDirectory() as made:
+        file = own_logits(choice, contest, split, Path(made))
+        labels = np.load(file, mmap_mode="r").argmax(1)
     with (folder / "predictions.csv").open("w", newline="") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(("id", "label"))

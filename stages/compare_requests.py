@@ -60,7 +60,8 @@ class Cells:
         plan = runs.read_json(cell / "plan.json", "make compare-requests")
         self.steps = sum(plan["steps"])
         keys = {"strategy": name, "seed": seed, "steps": self.steps, "commit": made["commit"]}
-        return keys | made["results"]
+        record: dict[str, Any] = keys | made["results"]
+        return record
 
     def ask(self, kinds: list[type[Strategy]], seed: int) -> None:
         """The requests that were not made yet, with their true labels."""

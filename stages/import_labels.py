@@ -1,27 +1,33 @@
-"""Import the organizers' answer to a label request.
+"""Import the answer to a label request: the organizers', or an export of Label Studio.
 
 python -m stages.import_labels --recipe recipes/demo.yaml --answer label_00.pt
-Reads the answer (an int64 tensor in the request's order, or a CSV of N.png,label) and
-runs/ENTRY/label_request/request_NN.csv; writes data_manifests/CONTEST/requested-K.csv.
+Reads the answer (an int64 tensor in the request's order, a CSV of N.png,label, or Label Studio's
+JSON or JSON-MIN, also of a request half answered) and runs/ENTRY/label_request/request_NN.csv;
+writes data_manifests/CONTEST/requested-K.csv, and label-studio/disagreements.csv beside the request
+where annotators disagree.
 """
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import InputError, config, runs
-from pipeline.answers import read_answer, read_request
-from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
+from pipeline import InputError, config, label_studio, runs
+from pipeline.answers import check_request, read_answer, read_request, shown
+from pipeline.manifest import Contest, Manifest, load_contest, read_manifest, write_manifest
 from pipeline.recipe import Recipe
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Options:
     answer: Path | None = field(
-        default=None, metadata={"help": "The organizers' label_NN.pt, or a CSV of N.png,label."}
+        default=None,
+        metadata={
+            "help": "The organizers' label_NN.pt, a CSV of N.png,label, or Label Studio's .json."
+        },
     )
     request: Path | None = field(
         default=None, metadata={"help": "The request that it answers; the entry's, if not given."}
@@ -44,15 +50,16 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     request = request or entry / "label_request" / f"request_{recipe.label_request.team}.csv"
     runs.require(request, "make label-request")
     indices = read_request(request, contest.images("unlabeled"))
-    _check_request(request, indices)
-    labels = read_answer(answer, request, indices, contest.classes)
-    for file, manifest in earlier.items():
-        both = indices[np.isin(indices, manifest.index[manifest.split == "unlabeled"])]
-        if len(both):
-            raise InputError(
-                f"{answer}: {len(both):,} of its images, {both[0]}.png first, are labeled in "
-                f"{file}; labels of other images are expected (delete {file} to replace it)"
-            )
+    check_request(request, indices)
+    if answer.suffix.lower() == ".json":
+        labels = _read_export(answer, request, indices, contest, earlier)
+        if not (labels >= 0).any():
+            runs.say(f"every label in {answer} was imported before; next: make finetune")
+            return [file for file, m in earlier.items() if np.isin(indices, m.index).any()][-1]
+        indices, labels = indices[labels >= 0], labels[labels >= 0]
+    else:
+        labels = read_answer(answer, request, indices, contest.classes)
+        _check_unlabeled(answer, indices, earlier)
     number = 1 + max((int(file.stem.split("-")[1]) for file in earlier), default=0)
     out, order = folder / f"requested-{number}.csv", np.argsort(indices)
     manifest = Manifest.of(
@@ -65,24 +72,82 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     return out
 
 
-def _check_request(request: Path, indices: npt.NDArray[np.int64]) -> None:
-    """Raise InputError where a request is not the one that label-request wrote there."""
-    made = request.with_name("request.json")
-    if not made.is_file():
-        return
-    facts = runs.read_json(made, "make label-request")
-    digest = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
-    if facts["file"] == request.name and facts["indices_sha256"] != digest:
+def _check_unlabeled(answer: Path, indices: Ints, earlier: dict[Path, Manifest]) -> None:
+    """Raise InputError where an earlier answer has labels of the images `indices`."""
+    for file, manifest in earlier.items():
+        both = indices[np.isin(indices, manifest.index[manifest.split == "unlabeled"])]
+        if len(both):
+            raise InputError(
+                f"{answer}: {len(both):,} of its images, {both[0]}.png first, are labeled in "
+                f"{file}; labels of other images are expected (delete {file} to replace it)"
+            )
+
+
+def _read_export(
+    answer: Path, request: Path, indices: Ints, contest: Contest, earlier: dict[Path, Manifest]
+) -> Ints:
+    """The labels [n] in an export of Label Studio that no earlier answer has; -1 for the others.
+
+    Says what is missing and what annotators disagree on.  Raises InputError where there is no
+    label at all, or where an earlier answer has another one.
+    """
+    names = label_studio.class_names(contest)
+    export = label_studio.read_export(answer, request, indices, names)
+    known = np.full(len(indices), -1, np.int64)
+    for file, manifest in earlier.items():
+        before = np.full(contest.images("unlabeled"), -1, np.int64)
+        of = manifest.split == "unlabeled"
+        before[manifest.index[of]] = manifest.label[of]
+        there = before[indices]
+        differs = (there >= 0) & (export.labels >= 0) & (there != export.labels)
+        if differs.any():
+            k = int(differs.argmax())
+            raise InputError(
+                f"{answer}: {differs.sum():,} of its labels, {indices[k]}.png's first, differ from "
+                f"those imported before: {names[export.labels[k]]!r}, and {names[there[k]]!r} in "
+                f"{file}; the same is expected (delete {file} to replace it)"
+            )
+        known = np.where(there >= 0, there, known)
+    open_ = (export.labels < 0) & (known < 0)
+    disputed = np.isin(indices, list(export.disputed))
+    label_studio.write_disagreements(label_studio.disagreements_file(request), export, names)
+    if disputed.any():
+        _say_disputed(request, export, names, int((disputed & (known >= 0)).sum()))
+    missing = indices[open_ & ~disputed]
+    if open_.all():
         raise InputError(
-            f"{request} was changed since label-request wrote it; the answer's order would be "
-            f"another one (`make label-request ARGS=--force` asks anew)"
+            f"{answer} has no label to import: of the {len(indices):,} images that {request} asks "
+            f"for {len(missing):,} have none, and annotators disagree on {disputed.sum():,}"
         )
+    if len(missing):
+        runs.say(
+            f"{len(missing):,} of the {len(indices):,} images asked for have no label yet: "
+            f"{shown(missing)}; import a later export when they have"
+        )
+    return np.where(known < 0, export.labels, -1)
+
+
+def _say_disputed(request: Path, export: label_studio.Export, names: list[str], known: int) -> None:
+    """The first few images that annotators disagree on, and their answers."""
+    first = [
+        f"{n}.png ({' or '.join(dict.fromkeys(names[vote.label] for vote in votes))})"
+        for n, votes in list(export.disputed.items())[:3]
+    ]
+    more = ", …" if len(export.disputed) > len(first) else ""
+    kept = f" ({known:,} as imported before)" if known else ""
+    runs.say(
+        f"annotators disagree on {len(export.disputed):,} images, which are left out{kept}: "
+        f"{', '.join(first)}{more}; all in {label_studio.disagreements_file(request)}"
+    )
 
 
 def main() -> None:
     recipe, options, _ = config.parse(__doc__, Options)
     if options.answer is None:
-        raise InputError("import-labels: --answer FILE is expected, the organizers' label_NN.pt")
+        raise InputError(
+            "import-labels: --answer FILE is expected, the organizers' label_NN.pt or Label "
+            "Studio's export.json"
+        )
     run(recipe, options.answer, options.request)
 
 

@@ -1,24 +1,28 @@
-"""Choose the unlabeled images to ask the organizers labels for.
+"""Choose the unlabeled images to ask labels for: the organizers, or people with Label Studio.
 
-python -m stages.label_request --recipe recipes/demo.yaml
+python -m stages.label_request --recipe recipes/demo.yaml [--format label-studio]
 Reads runs/ENTRY/embeddings/{unlabeled,train}.npy, the manifests and, where there is one, the logits
 of the latest finetune-K; writes runs/ENTRY/label_request/{request_NN.csv, request.json, picks.csv,
-overlap.csv, contact_sheet.png, map.png, classes.png, overlap.png, provenance.json}.
+overlap.csv, contact_sheet.png, map.png, classes.png, overlap.png, provenance.json} and, for Label
+Studio, label-studio/{images/N.png, config.xml, tasks.json} there.
 """
 
 import hashlib
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from pipeline import InputError, config, runs
-from pipeline.answers import read_request, write_request
+from pipeline import InputError, config, label_studio, runs
+from pipeline.answers import check_request, read_request, write_request
 from pipeline.manifest import Contest, load_contest, read_manifest
 from pipeline.recipe import Recipe
 from pipeline.request_report import overlap, report
 from pipeline.selection import Candidates, Strategy, candidates_of, choose
+
+Format = Literal["contest", "label-studio"]
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,19 @@ class Options:
     alone: bool = field(
         default=False, metadata={"help": "Do not see what other strategies would ask for."}
     )
+    format: Format = field(
+        default="contest",
+        metadata={"help": "Who answers: the contest's organizers, or people with Label Studio."},
+    )
 
 
-def run(recipe: Recipe, plain: dict[str, Any], force: bool = False, compare: bool = False) -> None:
+def run(
+    recipe: Recipe,
+    plain: dict[str, Any],
+    force: bool = False,
+    compare: bool = False,
+    format: Format = "contest",
+) -> None:
     """Ask for `budget` labels, unless that request was made, or answered, before."""
     c, contest = recipe.label_request, load_contest(recipe.data.contest)
     entry, manifests = runs.entry_folder(recipe.entry or "entry"), contest.folder
@@ -45,32 +59,29 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False, compare: boo
     file = facts.folder / f"request_{c.team}.csv"
     if not force and facts.is_current():
         runs.say(f"{file} is up to date (--force chooses anew); next: make import-labels")
-        return
-    if not force and file.is_file() and (by := _answer(file, contest, answered)):
-        runs.say(
-            f"{file} was answered by {by} (--force asks for other images); next: make finetune"
-        )
-        return
-    if not force and file.is_file():
-        raise InputError(
-            f"{file} has no answer yet, and would be another request by now; import its answer, "
-            f"or replace it with --force"
-        )
-    candidates = candidates_of(contest, folder, logits, answered, c.near_duplicate)
-    runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
-    request = choose(strategy, candidates, c.budget, recipe.seed)
-    facts.begin()
-    name = type(strategy).__name__
-    title = f"{c.budget:,} labels asked for by {name}"
-    report(facts.folder, contest, candidates, request, recipe.seed, title)
-    if compare:
-        _compare(facts.folder, name, request.indices, candidates, recipe.seed)
-    digest = hashlib.sha256(request.indices.astype("<i8").tobytes()).hexdigest()
-    made = plain["label_request"] | {"seed": recipe.seed, "indices_sha256": digest}
-    write_request(file, request.indices)
-    runs.write_json(facts.folder / "request.json", made | {"file": file.name})
-    facts.finish(eligible=len(candidates.eligible), indices_sha256=digest)
-    runs.say(f"wrote {file}, picks.csv and pictures; next: send it, then make import-labels")
+    elif not force and file.is_file():
+        if not _is_answered_in_part(file, contest, answered, format):
+            return
+    else:
+        candidates = candidates_of(contest, folder, logits, answered, c.near_duplicate)
+        runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
+        request = choose(strategy, candidates, c.budget, recipe.seed)
+        facts.begin()
+        label_studio.forget_project(file)
+        name = type(strategy).__name__
+        title = f"{c.budget:,} labels asked for by {name}"
+        report(facts.folder, contest, candidates, request, recipe.seed, title)
+        if compare:
+            _compare(facts.folder, name, request.indices, candidates, recipe.seed)
+        digest = hashlib.sha256(request.indices.astype("<i8").tobytes()).hexdigest()
+        made = plain["label_request"] | {"seed": recipe.seed, "indices_sha256": digest}
+        write_request(file, request.indices)
+        runs.write_json(facts.folder / "request.json", made | {"file": file.name})
+        facts.finish(eligible=len(candidates.eligible), indices_sha256=digest)
+        then = "; next: send it, then make import-labels" if format == "contest" else ""
+        runs.say(f"wrote {file}, picks.csv and pictures{then}")
+    if format == "label-studio":
+        _write_project(file, contest)
 
 
 def _logits(entries: list[str], needed: bool) -> list[Path]:
@@ -86,10 +97,49 @@ def _logits(entries: list[str], needed: bool) -> list[Path]:
     return [runs.require(f / "logits" / "unlabeled.npy", "make finetune") for f in folders]
 
 
-def _answer(file: Path, contest: Contest, answered: list[Path]) -> Path | None:
-    """The label manifest that holds every image of the request in `file`, if there is one."""
+def _is_answered_in_part(
+    file: Path, contest: Contest, answered: list[Path], format: Format
+) -> bool:
+    """Whether the request in `file`, which is not up to date, lacks labels that people go on giving
+    with Label Studio; False, having said so, where it lacks none.
+
+    Raises InputError where it is to be replaced or answered first.
+    """
     asked = read_request(file, contest.images("unlabeled"))
-    return next((m for m in answered if np.isin(asked, read_manifest(m).index).all()), None)
+    known = {m: np.isin(asked, read_manifest(m).index) for m in answered}
+    by = [m for m, has in known.items() if has.any()]
+    lacks = len(asked) - int(np.any([*known.values()], axis=0).sum()) if by else len(asked)
+    if not lacks:
+        runs.say(
+            f"{file} was answered by {', '.join(map(str, by))} (--force asks for other images); "
+            f"next: make finetune"
+        )
+        return False
+    if by and format == "label-studio":
+        runs.say(f"{file} still lacks {lacks:,} of its {len(asked):,} labels")
+        return True
+    if by:
+        raise InputError(
+            f"{file} still lacks {lacks:,} of its {len(asked):,} labels, and would be another "
+            f"request by now; import them, or replace it with --force"
+        )
+    raise InputError(
+        f"{file} has no answer yet, and would be another request by now; import its answer, "
+        f"or replace it with --force"
+    )
+
+
+def _write_project(file: Path, contest: Contest) -> None:
+    """Write what Label Studio needs for the request in `file`, and say how it is started."""
+    indices = read_request(file, contest.images("unlabeled"))
+    check_request(file, indices)
+    folder = label_studio.write_project(file, contest, indices)
+    root = folder.resolve()
+    runs.say(f"wrote {folder}: {len(indices):,} tasks in tasks.json, config.xml, images")
+    runs.say(
+        "next, as README.md says: LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED=true "
+        f"LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT={shlex.quote(str(root))} label-studio start"
+    )
 
 
 def _compare(
@@ -106,7 +156,7 @@ def _compare(
 
 def main() -> None:
     recipe, options, plain = config.parse(__doc__, Options)
-    run(recipe, plain, options.force, compare=not options.alone)
+    run(recipe, plain, options.force, not options.alone, options.format)
 
 
 if __name__ == "__main__":

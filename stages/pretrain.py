@@ -82,7 +82,7 @@ def run(
         folder=folder,
         facts=facts.facts,
         feed=Feed(
-            pool, c.views, c.batch_size, recipe.seed, mean, std, accelerator, None, method, micro
+            pool, c.views, c.batch_size, recipe.seed, mean, std, accelerator, (), method, micro
         ),
         lr=lambda along: lr * schedule(along, rate.warmup, rate.final_lr),
         log_steps=c.log_steps,

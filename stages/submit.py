@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline import InputError, config, runs, submission
+from pipeline import InputError, config, ensembles, runs, submission
 from pipeline.checkpoint import load_tensors
 from pipeline.manifest import Contest, load_contest
 from pipeline.recipe import Recipe
@@ -57,16 +57,21 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     contest, entry = load_contest(recipe.data.contest), recipe.entry or "entry"
     k = recipe.submit.round
     finetune = runs.latest_finetune(entry) if k is None else runs.finetune_folder(entry, k)
-    weights = runs.finished(finetune, "make finetune") / "classifier.safetensors"
+    weights = runs.finished(finetune, "make finetune") / submission.WEIGHTS
+    others = [ensembles.member_folder(name) for name in recipe.submit.members]
     tuned = runs.read_json(finetune / "provenance.json", "make finetune")
     made, folder = _made_with(plain, entry, tuned), runs.submission_folder(entry)
     inputs = [contest.folder / "contest.json", weights, finetune / "trained_on.csv"]
+    inputs += [folder_ / submission.WEIGHTS for folder_ in others]
     sections = [name for name in made if name != "seed"]
     facts = runs.Run.of(folder, made, sections, inputs).facts
     if submission.is_current(folder, facts) and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
     test = _test_split(recipe, contest)
+    choice = ensembles.choose(contest, [finetune, *others], recipe.submit.mirror)
+    for what, score in choice.tried.items():
+        runs.say(f"{score:6.2f} % of the held-out labels: {what}")
     if k is None and (unfinished := runs.unfinished_after(finetune)):
         runs.say(f"submitting {finetune}; {unfinished} is newer, but unfinished")
     folder.parent.mkdir(exist_ok=True)
@@ -74,12 +79,13 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(prefix=f".{entry}.", dir=folder.parent) as temporary:
         aside = Path(temporary)
-        submission.write_program(aside, weights, contest.size, recipe.submit)
+        submission.write_program(aside, choice, contest.size, recipe.submit)
         runs.say("scoring the submission in a fresh process, as the organizers do")
-        checked = submission.check(aside, contest, finetune / "logits")
-        unread = submission.write_predictions(aside, weights, contest, test) if test else 0
+        checked = submission.check(aside, contest, choice)
+        unread = submission.write_predictions(aside, choice, contest, test) if test else 0
         labels = submission.label_counts(finetune)
-        transfer = bool(load_tensors(weights)[1]["transfer"])
+        used = [load_tensors(m / submission.WEIGHTS)[1] for m in choice.members]
+        transfer = any(metadata["transfer"] for metadata in used)
         card = {
             "entry": entry,
             "val_top1": checked.score if checked.split == "val" else None,
@@ -90,6 +96,12 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
             "transfer": transfer,
             "rehearsal": contest.rehearsal,
             "labels": labels,
+            "models": {
+                "folders": [str(member) for member in choice.members],
+                "weights": choice.weights,
+                "mirror": choice.mirror,
+                "held_out_top1": choice.tried,
+            },
             "predictions": {"split": test, "unreadable": unread} if test else None,
             "finetune": {"folder": str(finetune), "commit": tuned["commit"]}
             | tuned["results"]

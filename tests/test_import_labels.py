@@ -126,9 +126,10 @@ BAD = {
     "2-D": ("a.pt", tensor([1, 0], [3, 2]), f"a.pt holds int64 of shape [2, 2]; {HOLDS}"),
     "dict": ("a.pt", lambda p: torch.save({"a": 1}, p), f"a.pt holds a dict; {HOLDS}"),
     "suffix": (
-        "a.json",
+        "a.xml",
         text("[1]"),
-        "a.json: an answer is a .pt file (an int64 tensor) or a .csv (N.png,label)",
+        "a.xml: an answer is a .pt file (an int64 tensor), a .csv (N.png,label) or a .json (Label "
+        "Studio's export)",
     ),
     "row": (
         "a.csv",

@@ -14,6 +14,7 @@ from pipeline.metrics import (
     confusion_counts,
     expected_calibration_error,
     fit_linear,
+    fit_temperature,
     knn_accuracy,
     knn_predict,
     knn_scores,
@@ -193,3 +194,20 @@ def test_the_calibration_error_by_hand() -> None:
     )
     perfect = np.ones(5, np.float32)
     assert expected_calibration_error(perfect, perfect.astype(bool)) == 0
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_the_temperature_calibrates(scale: float) -> None:
+    """Labels drawn from the softmax of logits: what they were multiplied by is found again."""
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.standard_normal((4000, 5)).astype(np.float32)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (p.cumsum(1) < rng.random((4000, 1))).sum(1)
+    assert fit_temperature(scale * logits, labels) == pytest.approx(scale, rel=0.06)
+
+
+def test_a_few_right_images_do_not_make_all_sure() -> None:
+    logits = 3 * np.eye(4, dtype=np.float32)
+    divided = logits / fit_temperature(logits, np.arange(4))
+    sure = np.exp(divided[0, 0]) / np.exp(divided[0]).sum()
+    assert 0.75 < sure < 0.95

@@ -86,7 +86,7 @@ def test_labels_follow_the_shape_of_the_data() -> None:
     given = evidence(x, truth, [0, 1], 2)
     rest = truth[2:]
     nearest = given.labels[(given.x @ given.labeled.T).argmax(1)]
-    labels, sure = Propagation(neighbors=8)(given)
+    labels, sure = Propagation(neighbors=8, iterations=100)(given)
     assert (nearest == rest).mean() < 0.9
     assert (labels == rest).mean() > 0.97
     assert ((sure >= 0) & (sure <= 1)).all()

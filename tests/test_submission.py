@@ -14,9 +14,16 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import InputError, config, runs, submission
-from pipeline.classifiers import Classifier, build_head, probe, save_classifier
+from pipeline import InputError, config, ensembles, runs, submission
+from pipeline.classifiers import (
+    Classifier,
+    build_head,
+    load_classifier,
+    probe,
+    save_classifier,
+)
 from pipeline.encoders import build_encoder
+from pipeline.ensembles import Choice, mixture_weights
 from pipeline.inference import predict_split
 from pipeline.manifest import Contest, load_contest, write_manifest
 from pipeline.packed import Form, decode
@@ -34,12 +41,18 @@ def parsed(*argv: str) -> tuple[Recipe, dict[str, Any]]:
     return recipe, plain
 
 
-def finetuned(contest: Contest, resolution: int = 32, transfer: bool = False) -> Path:
+def finetuned(
+    contest: Contest,
+    resolution: int = 32,
+    transfer: bool = False,
+    entry: str = "tried",
+    seed: int = 0,
+) -> Path:
     """runs/tried/finetune-0 as the stage leaves it: here a random encoder and a fitted head."""
     plain = parsed()[1]
-    folder = runs.finetune_folder("tried", 0)
+    folder = runs.finetune_folder(entry, 0)
     spec = {"name": "test_resnet", "stem": "imagenet", "options": {}}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     encoder = build_encoder("test_resnet")
     classifier = Classifier(encoder, build_head("linear", int(encoder.num_features), 4)).eval()
     labels = contest.manifest("train").usable()
@@ -57,6 +70,10 @@ def finetuned(contest: Contest, resolution: int = 32, transfer: bool = False) ->
     write_manifest(folder / "holdout.csv", labels.take(np.arange(70, 80)))
     facts.finish(round=0, val_top1=own_accuracy(contest, folder))
     return folder
+
+
+def single(finetune: Path) -> Choice:
+    return Choice([finetune], [1.0], False, {})
 
 
 def own_accuracy(contest: Contest, folder: Path) -> float:
@@ -194,11 +211,11 @@ def test_nothing_is_done_twice(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_nasty_team_name_is_only_a_name(contest: Contest, tmp_path: Path) -> None:
     finetune = finetuned(contest)
     team = Submit(team_id=7, team_name=NASTY, email_address="o'neil@example.org")
-    submission.write_program(tmp_path, finetune / "classifier.safetensors", contest.size, team)
+    submission.write_program(tmp_path, single(finetune), contest.size, team)
     program = load_program(tmp_path / "submission.py")
     assert (program.team_id, program.team_name) == (7, NASTY)
     assert program.email_address == "o'neil@example.org"
-    submission.check(tmp_path, contest, finetune / "logits")
+    submission.check(tmp_path, contest, single(finetune))
 
 
 MEAN, STD = [0.4, 0.5, 0.3], [0.2, 0.3, 0.25]
@@ -209,7 +226,8 @@ def transform(folder: Path, resolution: int, image: Image.Image) -> torch.Tensor
     encoder = {"name": "test_resnet", "stem": "imagenet", "options": {}}
     head = {"kind": "mlp", "features": 96, "classes": 4}
     metadata = {"encoder": encoder, "head": head, "resolution": resolution}
-    text = submission.program(metadata | {"mean": MEAN, "std": STD}, (32, 32), Submit())
+    metadata = metadata | {"mean": MEAN, "std": STD}
+    text = submission.program([metadata], single(folder), (32, 32), Submit())
     (folder / "submission.py").write_text(text, encoding="utf-8")
     return load_program(folder / "submission.py").eval_transform(image)
 
@@ -260,3 +278,78 @@ def test_what_is_missing_is_named(contest: Contest) -> None:
         submit.run(*parsed("--submit.test=secret"))
     with pytest.raises(InputError, match=r"finetune-3/provenance.json is not there"):
         submit.run(*parsed("--submit.round=3"))
+
+
+def test_mixture_weights_are_those_of_the_likeliest_mixture() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 500)
+    good = np.where(np.eye(3)[labels] > 0, 0.6, 0.2)
+    bad = np.where(np.eye(3)[(labels + 1) % 3] > 0, 0.6, 0.2)
+    mixed = np.stack([good, bad]).astype(np.float32)
+    np.testing.assert_allclose(mixture_weights(mixed, labels), [1, 0], atol=0.02)
+    half = np.where((np.arange(500) % 2)[:, None] == 0, mixed, mixed[::-1])  # each right by turns
+    np.testing.assert_allclose(mixture_weights(half, labels), [0.5, 0.5], atol=0.02)
+
+
+def test_several_vote_only_where_that_is_better(
+    contest: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three labels held out by all; a member of no use, then two that are right by turns."""
+    first, second = finetuned(contest), finetuned(contest, entry="other")
+    held = contest.manifest("train").usable().take(np.arange(70, 73))
+    write_manifest(second / "holdout.csv", held)
+    sure, wrong = 0.9 * np.eye(4)[held.label] + 0.025, np.full((3, 4), 0.25)
+    wrong[:, (held.label + 1) % 4] += 0.1
+    answers = {first: sure, second: wrong}
+    monkeypatch.setattr(ensembles, "_probabilities", lambda c, h, folder, m: answers[folder])
+    chosen = ensembles.choose(contest, [first, second], mirror=True)
+    assert (chosen.members, chosen.weights, chosen.mirror) == ([first], [1.0], False)
+    assert chosen.plain
+    assert len(chosen.tried) == 4  # the vote is that of the first alone
+    answers[first] = np.where(np.arange(3)[:, None] == 0, 0.2 * wrong + 0.2, sure)
+    answers[second] = np.where(np.arange(3)[:, None] == 0, sure, 0.2 * wrong + 0.2)
+    chosen = ensembles.choose(contest, [first, second], mirror=False)
+    assert chosen.members == [first, second]
+    assert sum(chosen.weights) == pytest.approx(1)
+    assert max(chosen.tried.values()) == 100
+    write_manifest(second / "holdout.csv", held.take(np.arange(0)))
+    with pytest.raises(InputError, match="held out no labels in common to choose by"):
+        ensembles.choose(contest, [first, second], mirror=False)
+
+
+def test_an_ensemble_stands_alone_and_scores_as_its_own_logits(
+    contest: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sizes and mirror images, scored in a fresh process as the organizers do."""
+    first, second = finetuned(contest), finetuned(contest, 24, entry="other", seed=3)
+    weights = [0.7, 0.3]
+
+    def both(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
+        return Choice(folders, weights, mirror, {"both": 50.0})
+
+    monkeypatch.setattr(ensembles, "choose", both)
+    folder = submit.run(*parsed("--submit.members=[other]", "--submit.mirror=true"))
+    card = json.loads((folder / "card.json").read_text())
+    assert card["models"]["folders"] == [str(first), str(second)]
+    assert card["models"]["mirror"] is True
+    program = load_program(folder / "submission.py")
+    model = program.get_model()
+    model.load_state_dict(torch.load(folder / "model.pth", weights_only=True), strict=True)
+    images = [Image.open(contest.root / "val" / f"{n}.png") for n in range(40)]
+    x = torch.stack([program.eval_transform(image) for image in images])
+    small = torch.nn.functional.interpolate(x, (24, 24), mode="bilinear", antialias=True)
+    a, b = (load_classifier(f / "classifier.safetensors")[0] for f in (first, second))
+    with torch.no_grad():
+        p = 0.35 * (a(x).softmax(1) + a(x.flip(3)).softmax(1))
+        p += 0.15 * (b(small).softmax(1) + b(small.flip(3)).softmax(1))
+        torch.testing.assert_close(model.eval()(x), p.log(), rtol=1e-4, atol=1e-4)
+    right = 100 * (p.argmax(1).numpy() == contest.labels("val")).mean()
+    assert card["val_top1"] == pytest.approx(right, abs=2.6)  # resized to 24 from another place
+
+
+@pytest.mark.usefixtures("instant")
+def test_a_member_that_is_not_there_is_named(contest: Contest) -> None:
+    with pytest.raises(InputError, match="runs/other holds no finished finetune-K"):
+        submit.run(*parsed("--submit.members=[other]"))
+    with pytest.raises(InputError, match=r"runs/tried/finetune-9/provenance\.json is not"):
+        submit.run(*parsed("--submit.members=[tried/finetune-9]"))

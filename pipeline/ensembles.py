@@ -1,0 +1,121 @@
+"""Which classifiers vote in a submission, chosen by labels that none of them was trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline import InputError, runs
+from pipeline.classifiers import Ensemble, load_classifier
+from pipeline.inference import predict
+from pipeline.manifest import Contest, Manifest, read_manifest
+from pipeline.metrics import top_k
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+_STEPS = 200  # of the weights' fit
+_LEAST = 0.05  # a smaller weight is none
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is submitted: folders of fine-tunings, what they weigh, whether mirror images are seen;
+    and the top-1 on the held-out labels of everything that was tried, {what: percent}.
+    """
+
+    members: list[Path]
+    weights: list[float]
+    mirror: bool
+    tried: dict[str, float]
+
+    @property
+    def plain(self) -> bool:
+        """Whether one classifier sees an image once."""
+        return len(self.members) == 1 and not self.mirror
+
+
+def member_folder(name: str) -> Path:
+    """The fine-tuning that ENTRY (its latest) or ENTRY/finetune-K names; InputError without it."""
+    entry, _, round_ = name.partition("/")
+    folder = runs.entry_folder(entry) / round_ if round_ else runs.latest_finetune(entry)
+    return runs.finished(folder, "make finetune")
+
+
+def held_by_all(folders: list[Path]) -> Manifest:
+    """The labels that every one of the fine-tunings held out."""
+    held = read_manifest(folders[0] / "holdout.csv")
+    for folder in folders[1:]:
+        other = read_manifest(folder / "holdout.csv")
+        pairs = {*zip(other.split.tolist(), other.index.tolist(), strict=True)}
+        own = zip(held.split.tolist(), held.index.tolist(), strict=True)
+        held = held.take(np.array([pair in pairs for pair in own], np.bool_))
+    return held
+
+
+def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
+    """The best of the single classifiers, their weighted vote and, if asked for, both with mirror
+    images, by top-1 on the labels that all held out; of equal ones the first, so that what is more
+    work has to be better.
+
+    Raises InputError where there is something to choose and no label that all held out.
+    """
+    if len(folders) == 1 and not mirror:
+        return Choice(folders, [1.0], False, {})
+    held = held_by_all(folders)
+    if not len(held):
+        raise InputError(
+            f"submit: {', '.join(map(str, folders))} held out no labels in common to choose by; "
+            f"the same seed and finetune.holdout above 0 are expected"
+        )
+    tried: dict[str, float] = {}
+    found: list[tuple[float, Choice]] = []
+    for mirrored in (False, True) if mirror else (False,):
+        p = np.stack([_probabilities(contest, held, folder, mirrored) for folder in folders])
+        options = [([folder], [1.0]) for folder in folders]
+        if len(folders) > 1:
+            options.append(_weighted(folders, mixture_weights(p, held.label)))
+        for members, weights in options:
+            rows = [folders.index(m) for m in members]
+            mean = np.tensordot(np.array(weights, np.float32), p[rows], 1)
+            score = top_k(mean, held.label, [1])[1]
+            what = " + ".join(f"{w:.2f} {m}" for w, m in zip(weights, members, strict=True))
+            tried[what + (", mirrored" if mirrored else "")] = score
+            found.append((score, Choice(members, weights, mirrored, tried)))
+    return max(found, key=lambda pair: pair[0])[1]
+
+
+def _probabilities(contest: Contest, held: Manifest, folder: Path, mirror: bool) -> Floats:
+    """Class probabilities [h, classes] of the held-out images by one classifier."""
+    model, size = build([folder], [1.0], mirror)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    out = np.empty((len(held), contest.classes), np.float32)
+    predict(model, contest.pool(held), size, contest.mean, contest.std, out, what="held out")
+    return np.exp(out)
+
+
+def _weighted(folders: list[Path], weights: Floats) -> tuple[list[Path], list[float]]:
+    kept = [k for k, w in enumerate(weights) if w >= _LEAST]
+    total = sum(float(weights[k]) for k in kept)
+    return [folders[k] for k in kept], [float(weights[k]) / total for k in kept]
+
+
+def mixture_weights(p: Floats, labels: Ints) -> Floats:
+    """Weights [m] of sum 1 of probabilities `p` [m, n, classes] under which the labels [n] are the
+    likeliest, by expectation maximization.
+    """
+    own = p[:, np.arange(len(labels)), labels].astype(np.float64) + 1e-12  # [m, n]
+    weights = np.full(len(p), 1 / len(p))
+    for _ in range(_STEPS):
+        parts = weights[:, None] * own
+        weights = (parts / parts.sum(0)).mean(1)
+    return weights.astype(np.float32)
+
+
+def build(folders: list[Path], weights: list[float], mirror: bool) -> tuple[Ensemble, int]:
+    """The ensemble of saved classifiers and the largest size that one of them sees."""
+    loaded = [load_classifier(folder / "classifier.safetensors") for folder in folders]
+    sizes = [int(metadata["resolution"]) for _, metadata in loaded]
+    return Ensemble([model for model, _ in loaded], weights, sizes, mirror), max(sizes)

@@ -1,0 +1,135 @@
+"""Show images that look the same and labels that look wrong; nothing is changed.
+
+python -m stages.audit --recipe recipes/mini98.yaml [--cosine 0.98 --write-clean]
+Reads runs/ENTRY/embeddings/SPLIT.npy, data/CONTEST/SPLIT.npy and the manifests; writes
+runs/ENTRY/audit/{duplicates.csv, duplicates.png, labels.csv, labels.png, provenance.json} and, if
+asked to, clean.csv: train without the doubtful labels, for `finetune.manifests`.
+"""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import InputError, audit, config, runs
+from pipeline.figures import AMBER, GREEN, RED, Tile, image_rows
+from pipeline.finetuning import rows_of
+from pipeline.manifest import Contest, Manifest, load_contest, write_manifest
+from pipeline.neighbours import search
+from pipeline.recipe import Recipe
+
+_SHOWN, _AROUND = 12, 8  # rows and neighbors of a picture
+
+
+@dataclass(frozen=True)
+class Options:
+    cosine: float = field(
+        default=0.98, metadata={"help": "Embeddings that are as similar belong to copies."}
+    )
+    write_clean: bool = field(
+        default=False, metadata={"help": "Write train without the doubtful labels to clean.csv."}
+    )
+
+
+def run(recipe: Recipe, cosine: float = 0.98, write_clean: bool = False) -> None:
+    """Audit every split that is embedded."""
+    if not 0 < cosine <= 1:
+        raise InputError(f"audit: cosine is {cosine}; above 0, up to 1 is expected")
+    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
+    folder, out = runs.finished(entry / "embeddings", "make embed"), entry / "audit"
+    splits = [split for split in contest.splits if (folder / f"{split}.npy").is_file()]
+    images = Manifest.concatenate([contest.manifest(split).usable() for split in splits])
+    width = np.load(folder / "train.npy", mmap_mode="r").shape[1]
+    x = rows_of(folder, images, width, "make embed")
+    runs.say(f"comparing {len(images):,} images of {', '.join(splits)} …")
+    copies = audit.find_copies(x, audit.thumbnails(contest.pool(images)), cosine)
+    names, pairs = contest.class_names, (copies.first, copies.second)
+    pixels = {split: contest.packed(split) for split in splits}
+    columns = ["cosine", "same_hash", "split", "index", "label", "split_b", "index_b", "label_b"]
+    of = [(images.split[p], images.index[p], _named(images.label[p], names)) for p in pairs]
+    _table(
+        out / "duplicates.csv", columns, copies.cosine, copies.hashed.astype(int), *of[0], *of[1]
+    )
+    rows = []
+    for a, b, value in list(zip(*pairs, copies.cosine, strict=True))[:_SHOWN]:
+        tiles = [_tile(images, k, pixels, names) for k in (a, b)]
+        rows.append((f"cosine {value:.3f}", tiles))
+    found = audit.counts(images.split.tolist(), copies)
+    said = ", ".join(f"{n:,} in {where}" for where, n in found.items()) or "none"
+    image_rows(out / "duplicates.png", rows, f"Pairs that look the same: {said}")
+    runs.say(f"pairs that look the same: {said}")
+    _labels(recipe, contest, images, x, out, pixels, write_clean)
+    runs.say(f"wrote {out}; nothing was changed")
+
+
+def _labels(
+    recipe: Recipe,
+    contest: Contest,
+    images: Manifest,
+    x: Any,
+    out: Path,
+    pixels: dict[str, Any],
+    write_clean: bool,
+) -> None:
+    """The doubtful labels of train, as a table and a picture."""
+    of_train = (images.split == "train") & (images.label >= 0)
+    train, x = images.take(of_train), x[of_train]
+    c, names = recipe.evaluate.linear_c, contest.class_names
+    doubts = audit.doubtful_labels(x, train.label, contest.classes, c, recipe.seed)
+    wrong = train.take(doubts.rows)
+    columns = ["split", "index", "label", "suggested", "confidence", "agreement"]
+    labels = _named(wrong.label, names), _named(doubts.suggested, names)
+    scores = doubts.confidence, doubts.agreement
+    _table(out / "labels.csv", columns, wrong.split, wrong.index, *labels, *scores)
+    rows, near = [], search(x[doubts.rows[:_SHOWN]], x, _AROUND + 1)[1]
+    for k, (row, around) in enumerate(zip(doubts.rows, near, strict=False)):
+        tiles = [_tile(train, row, pixels, names, AMBER)]
+        for n in around[around != row][:_AROUND]:
+            same = train.label[n] == train.label[row]
+            tiles.append(_tile(train, n, pixels, names, GREEN if same else RED))
+        rows.append((f"train/{wrong.index[k]}.png\nrather {labels[1][k]}", tiles))
+    said = f"{len(wrong):,} of {len(train):,} labels of train look wrong"
+    note = "the most doubtful first; beside each its nearest labeled images, green of its class"
+    image_rows(out / "labels.png", rows, said, note)
+    runs.say(said)
+    if write_clean:
+        kept = np.setdiff1d(np.arange(len(train)), doubts.rows)
+        write_manifest(out / "clean.csv", train.take(kept))
+        runs.say(f"wrote {out / 'clean.csv'}: name it in finetune.manifests to train on it")
+
+
+def _named(labels: Any, names: Sequence[str] | None) -> list[str]:
+    return ["" if k < 0 else names[k] if names else str(k) for k in labels.tolist()]
+
+
+def _tile(
+    images: Manifest,
+    row: int,
+    pixels: dict[str, Any],
+    names: Sequence[str] | None,
+    frame: str | None = None,
+) -> Tile:
+    split, index = str(images.split[row]), int(images.index[row])
+    label = _named(images.label[[row]], names)[0]
+    return Tile(pixels[split][index], label or f"{split}/{index}", frame)
+
+
+def _table(path: Path, names: Sequence[str], *columns: Iterable[Any]) -> None:
+    """A CSV file of columns as long as each other."""
+    with runs.replacing(path) as aside, aside.open("w", newline="") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(names)
+        for row in zip(*columns, strict=True):
+            writer.writerow([f"{v:.4f}" if isinstance(v, np.floating) else v for v in row])
+
+
+def main() -> None:
+    recipe, options, _ = config.parse(__doc__, Options)
+    run(recipe, options.cosine, options.write_clean)
+
+
+if __name__ == "__main__":
+    runs.stage(main)

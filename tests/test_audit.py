@@ -1,0 +1,124 @@
+"""The audit: planted copies and planted wrong labels are found, and nothing is changed."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import InputError
+from pipeline.audit import counts, doubtful_labels, find_copies, hashes, thumbnails
+from pipeline.packed import Pool
+from pipeline.runs import sha256
+from stages import audit
+from tests.fake_run import label, parsed, write_run
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def pictures(n: int = 40) -> np.ndarray:
+    """Smooth random images [n, 24, 30, 3] uint8."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (n, 8, 10, 3))
+    return coarse.repeat(3, 1).repeat(3, 2).astype(np.uint8)
+
+
+def pool(images: np.ndarray) -> Pool:
+    return Pool([(images, np.arange(len(images)))])
+
+
+def test_thumbnails_are_means_of_parts() -> None:
+    images = pictures(3)[:, :, :27]  # 9 columns of 3 pixels
+    gray = images @ np.array([0.299, 0.587, 0.114])
+    expected = gray.reshape(3, 8, 3, 9, 3).mean((2, 4))
+    np.testing.assert_allclose(thumbnails(pool(images)), expected, atol=0.51)
+
+
+def test_hashes_survive_noise_and_tell_images_apart() -> None:
+    images = pictures()
+    noise = np.random.default_rng(1).integers(-2, 3, images.shape)
+    noisy = (images + noise).clip(0, 255).astype(np.uint8)
+    a, b, mirrored = (hashes(thumbnails(pool(i))) for i in (images, noisy, images[:, :, ::-1]))
+    assert (a == b).mean() > 0.7
+    assert len(np.unique(a)) == 40
+    assert not (a == mirrored).any()
+
+
+def test_copies_are_found_by_embedding_and_by_hash() -> None:
+    x, images = unit(np.random.default_rng(0).standard_normal((40, 16))), pictures()
+    x[7] = unit(x[[3]] + 0.01)[0]  # looks the same to the encoder
+    images[[21, 30]] = images[11]  # the same pixels
+    found = find_copies(x, thumbnails(pool(images)), 0.98)
+    pairs = list(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    assert pairs[0] == (3, 7)
+    assert set(pairs) == {(3, 7), (11, 21), (11, 30)}
+    assert found.hashed.tolist() == [pair[0] == 11 for pair in pairs]
+    np.testing.assert_allclose(found.cosine, [x[a] @ x[b] for a, b in pairs], rtol=1e-5)
+    names = ["train" if k < 10 else "val" for k in range(40)]
+    assert counts(names, found) == {"train": 1, "val": 2}
+
+
+def test_flat_images_are_no_copies_by_their_hash() -> None:
+    images = np.zeros((2, 16, 18, 3), np.uint8)
+    images[1] = 200
+    assert not len(find_copies(unit(np.eye(2)), thumbnails(pool(images)), 0.98).first)
+
+
+def test_wrong_labels_are_found_and_mended() -> None:
+    """5 % of the labels of six clusters are wrong."""
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(6), 50)
+    x = unit(np.eye(6, 12)[truth] + 0.15 * rng.standard_normal((300, 12)))
+    given, wrong = truth.copy(), rng.permutation(300)[:15]
+    given[wrong] = (given[wrong] + rng.integers(1, 6, 15)) % 6
+    found = doubtful_labels(x, given, 8, 10.0, 0)
+    hits = np.isin(found.rows, wrong)
+    assert hits.sum() >= 13
+    assert hits[:10].all()  # the most doubtful first
+    assert (found.suggested[hits] == truth[found.rows[hits]]).all()
+    assert found.confidence[hits].max() < 0.5
+    assert found.agreement[hits].max() < 0.2
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    return tmp_path
+
+
+def test_the_stage_shows_and_changes_nothing(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = np.load("runs/entry/embeddings/val.npy")
+    x[5] = np.load("runs/entry/embeddings/train.npy")[2]
+    np.save("runs/entry/embeddings/val.npy", x)
+    before = {file: sha256(file) for file in Path("data_manifests").rglob("*") if file.is_file()}
+    audit.run(parsed().recipe, cosine=0.999, write_clean=True)
+    assert before == {f: sha256(f) for f in Path("data_manifests").rglob("*") if f.is_file()}
+    with Path("runs/entry/audit/duplicates.csv").open() as file:
+        pairs = list(csv.DictReader(file))
+    pair = next(p for p in pairs if float(p["cosine"]) > 0.9999)
+    assert (pair["split"], pair["index"], pair["split_b"], pair["index_b"]) == (
+        "train",
+        "2",
+        "val",
+        "5",
+    )
+    names = ["ant", "bee", "cat", "dog"]
+    assert (pair["label"], pair["label_b"]) == (names[label("train", 2)], names[label("val", 5)])
+    with Path("runs/entry/audit/labels.csv").open() as file:
+        wrong = [int(row["index"]) for row in csv.DictReader(file)]
+    with Path("runs/entry/audit/clean.csv").open() as file:
+        kept = [int(row["index"]) for row in csv.DictReader(file)]
+    assert sorted(wrong + kept) == list(range(20))
+    assert f"{len(wrong)} of 20 labels of train look wrong" in capsys.readouterr().out
+    assert Path("runs/entry/audit/duplicates.png").is_file()
+    assert Path("runs/entry/audit/labels.png").is_file()
+
+
+def test_an_impossible_cosine_is_refused(here: Path) -> None:
+    with pytest.raises(InputError, match=r"audit: cosine is 1\.5; above 0, up to 1 is expected"):
+        audit.run(parsed().recipe, cosine=1.5)
