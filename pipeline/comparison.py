@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline import InputError, runs
 from pipeline.manifest import Contest
+from pipeline.metrics import knn_accuracy
 
 K = 20  # neighbors of the kNN accuracy that is compared
 _HEAD = (
@@ -32,10 +35,18 @@ def outcome(entry: str, contest: Contest) -> dict[str, Any]:
         "linear": scores["linear"]["1"],
         "finetuned": results["val_top1"],
         "finetuned_top5": results["val_top5"],
-        "knn_on_train": own["knn"],
+        "knn_on_train": _knn_on_train(contest, folder / "embeddings" / "train.npy"),
         **{key: own[key] for key in ("images_seen", "steps", "minutes", "peak_memory_mib")},
         **{key: pretrained[key] for key in ("commit", "versions")},
     }
+
+
+def _knn_on_train(contest: Contest, file: Path) -> float:
+    """kNN accuracy in percent of one half of train on the other, by the embeddings in `file`."""
+    train = contest.manifest("train").usable()
+    train = train.take(np.random.default_rng(0).permutation(np.flatnonzero(train.label >= 0)))
+    x, half = np.load(runs.require(file, "make embed"))[train.index], len(train) // 2
+    return knn_accuracy(x[:half], train.label[:half], x[half:], train.label[half:], K)
 
 
 def holds(old: Any, new: Any, default: Any) -> bool:

@@ -98,7 +98,9 @@ def knn_predict(
 
 
 def knn_accuracy(known: Floats, labels: Ints, queries: Floats, truth: Ints, k: int) -> float:
-    """Top-1 in percent of a majority vote of the k nearest `known` embeddings [n, d]."""
+    """Top-1 in percent of a majority vote of the k nearest `known` embeddings [n, d] of `queries`
+    [q, d], by cosine similarity where all have unit length.
+    """
     similarities, near = search(queries, known, k)
     classes = int(max(labels.max(), truth.max())) + 1
     return top_k(knn_predict(similarities, labels[near], classes, None), truth, [1])[1]

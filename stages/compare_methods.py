@@ -3,7 +3,7 @@
 python -m stages.compare_methods [RECIPE …] [--best 2 --seeds 3]
 Every recipe (recipes/mini98_*.yaml) is pretrained, embedded, evaluated and fine-tuned on the labels
 of train with seed 0, as the entry RECIPE-s0, then the best ones with the other seeds, one run at a
-time.  The best have the highest kNN accuracy on halves of train in pretraining: val chooses
+time.  The best have the highest kNN accuracy of one half of train on the other: val chooses
 nothing.  Writes docs/methods/RECIPE-sSEED.json for each finished run, and between two comments of
 docs/methods.md the table.  What is recorded is not run again; what was interrupted goes on.
 """
@@ -47,8 +47,6 @@ class Entrant:
             raise InputError(f"{file}: contest {contest.name!r} has no val to compare on")
         if (k := comparison.K) not in recipe.evaluate.k:
             raise InputError(f"{file}: evaluate.k is {recipe.evaluate.k}; {k} in it is expected")
-        if not recipe.pretrain.knn_evals:
-            raise InputError(f"{file}: pretrain.knn_evals is 0; the best are chosen by it")
         return cls(file, recipe, plain, contest, records)
 
     @property

@@ -171,7 +171,8 @@ def _knn(recipe: Recipe, contest: Contest, encoder: torch.nn.Module) -> Any:
 
     def evaluate() -> dict[str, float]:
         x = np.empty((len(rows), features(encoder)), np.float32)
-        predict(encoder, pool, c.resolutions[-1], contest.mean, contest.std, x, what="kNN")
+        size = c.resolutions[-1]
+        predict(encoder, pool, size, contest.mean, contest.std, x, unit=True, what="kNN")
         y = labels[rows]
         score = knn_accuracy(x[:half], y[:half], x[half:], y[half:], 20)
         return {"knn": score}

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -234,3 +235,16 @@ def test_another_recipe_keeps_the_old_checkpoint(
     assert "going on from" not in capsys.readouterr().out
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4", "--pretrain.checkpoint_minutes=9")
     assert "is up to date" in capsys.readouterr().out
+
+
+def test_knn_on_the_way_is_by_cosine(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(pretrain, "knn_accuracy", lambda *x: seen.append(x) or 50.0)
+    options = ["--pretrain.steps=2", "--pretrain.batch_size=12", "--pretrain.knn_evals=1"]
+    recipe, _, plain = config.parse("", argv=[*TINY, *options])
+    pretrain.run(recipe, plain)
+    for known, _, queries, _, k in seen:
+        lengths = np.linalg.norm(np.concatenate([known, queries]), axis=1)
+        np.testing.assert_allclose(lengths, 1, rtol=1e-5)
+        assert (len(known), len(queries), k) == (16, 16, 20)
+    assert len(seen) == 2
