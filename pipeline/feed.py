@@ -2,9 +2,9 @@
 device.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +42,10 @@ class Feed:
     targets: tuple[Tensor, ...] = ()
     method: Method | None = None
     micro_batch: int | None = None
+    labels: Tensor | None = None
+    """Of the images of the pool [n], -1 unknown, for a method that learns from them."""
+    choose: Callable[[int], npt.NDArray[np.int64]] | None = None
+    """The positions of a step's images; None takes `batches.batch_at`."""
 
     def __post_init__(self) -> None:
         a, part = self.accelerator, self.micro_batch or self.batch_size
@@ -68,6 +72,8 @@ class Feed:
                 f"{type(self.method).__name__}: batch norm is over groups of {group} images, but a "
                 f"process takes {own} at a time; a multiple is expected"
             )
+        choose = self.choose or partial(batch_at, len(self.pool), self.batch_size, self.seed)
+        self.chosen = lru_cache(maxsize=4)(choose)  # the parts of a step ask for the same
         self.device: torch.device = a.device
         mine = slice_of(part, a.process_index, a.num_processes)
         self.places = [np.arange(start, start + part)[mine] for start in self.starts]
@@ -93,13 +99,19 @@ class Feed:
         """What the step and part of `tick` need, on the device."""
         step, reading = divmod(tick, self.ticks)
         places = self.places[reading % self.parts]
-        chosen = _batch_at(len(self.pool), self.batch_size, self.seed, step)
+        chosen = self.chosen(step)
         if self.targets:
             own = [of_pool[chosen[places]].to(self.device) for of_pool in self.targets]
             return self._images(chosen[places]), *own
         if self.order is None or reading >= self.parts:  # the slow copy sees them once
             return (self._images(chosen[places]),)
         return self._images(chosen[places]), self._images(chosen[self.order[places]])
+
+    def labels_of(self, step: int) -> Tensor | None:
+        """The labels [batch_size] of the whole batch of a step, where there are any."""
+        if self.labels is None:
+            return None
+        return self.labels[self.chosen(step)].to(self.device, non_blocking=True)
 
     def inputs(self, fetched: Fetched, tick: int, resolution: int) -> tuple[object, ...]:
         """The module's arguments: augmented, normalized, in the layout convolutions like."""
@@ -141,7 +153,6 @@ class Feed:
         return [v.contiguous(memory_format=torch.channels_last) for v in views]
 
 
-_batch_at = lru_cache(maxsize=4)(batch_at)  # the parts of a step ask for the same
 _uniforms = lru_cache(maxsize=2)(uniforms)
 
 

@@ -82,6 +82,8 @@ class Trainer:
 
         if self.lr is not None:
             set_lr(self.optimizer, self.lr(along))
+        if isinstance(self.module, Method) and isinstance(feed, Feed):
+            self.module.labels = feed.labels_of(step)
         if feed.parts == 1:
             seed(0)
             loss = self._wrapped(*inputs(0))

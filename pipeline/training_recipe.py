@@ -12,6 +12,7 @@ from pipeline.consistency import Consistency
 from pipeline.methods.base import Method
 from pipeline.methods.simclr import SimCLR
 from pipeline.optim import Optimizer
+from pipeline.supervision import SupervisedContrast
 from pipeline.views import View
 
 BUDGETS = ("epochs", "steps", "minutes")
@@ -47,6 +48,8 @@ class Pretrain:
     """The method, a class of pipeline/methods, with its arguments."""
     splits: list[str] = field(default_factory=lambda: ["unlabeled", "train"])
     """Splits whose images are used, without labels."""
+    supervision: Callable[[], SupervisedContrast] | None = None
+    """SupervisedContrast joins the labels of train; null learns without labels."""
     views: list[View] = field(default_factory=lambda: [View()])
     """How the views are drawn: one entry with count 2, or an entry for each."""
     resolutions: list[int] = field(default_factory=lambda: [96])

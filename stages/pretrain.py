@@ -26,10 +26,12 @@ from pipeline.figures import curve
 from pipeline.inference import check_size, encoder_for, predict
 from pipeline.machine import make_accelerator, peak_memory
 from pipeline.manifest import Contest, choose_labels, load_contest
+from pipeline.methods.base import Method
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
 from pipeline.packed import Pool
 from pipeline.recipe import Recipe
+from pipeline.supervision import SupervisedContrast, join
 from pipeline.trainer import Trainer
 
 
@@ -70,6 +72,10 @@ def run(
     for size in {view.pixels(r) for r in c.resolutions for view in c.views}:
         check_size(encoder, size)
     method = c.method(encoder)
+    labels, choose = None, None
+    if c.supervision is not None:
+        method.supervision = c.supervision()
+        labels, choose = join(method, contest, c, recipe.seed)
     synchronize_batch_norm(method, accelerator.device)
     method.to(memory_format=torch.channels_last)
     mean, std = contest.mean, contest.std
@@ -82,12 +88,22 @@ def run(
         folder=folder,
         facts=facts.facts,
         feed=Feed(
-            pool, c.views, c.batch_size, recipe.seed, mean, std, accelerator, (), method, micro
+            pool,
+            c.views,
+            c.batch_size,
+            recipe.seed,
+            mean,
+            std,
+            accelerator,
+            method=method,
+            micro_batch=micro,
+            labels=labels,
+            choose=choose,
         ),
         lr=lambda along: lr * schedule(along, rate.warmup, rate.final_lr),
         log_steps=c.log_steps,
         checkpoint_minutes=c.checkpoint_minutes,
-        evaluate=_knn(recipe, contest, encoder) if "train" in contest.splits else None,
+        evaluate=_knn(recipe, contest, method) if "train" in contest.splits else None,
         evals=c.knn_evals,
         signs=method.signs,
         judge=partial(_judge, c.on_collapse),
@@ -157,17 +173,23 @@ def _last(history: list[dict[str, float]], key: str) -> float | None:
     return next((h[key] for h in reversed(history) if key in h), None)
 
 
-def _knn(recipe: Recipe, contest: Contest, encoder: torch.nn.Module) -> Any:
-    """kNN accuracy (k = 20, cosine, majority) of half of some labeled training images on the
-    other half.
+def _knn(recipe: Recipe, contest: Contest, method: Method) -> Any:
+    """kNN accuracy (k = 20, cosine, majority) of half of some labeled training images on the other
+    half; with supervision of those whose labels it does not use, on the others.
     """
-    c, labels = recipe.pretrain, contest.labels("train")
+    c, labels, encoder = recipe.pretrain, contest.labels("train"), method.encoder
     known = contest.usable("train")
     known = known[labels[known] >= 0]
     share = min(1.0, c.knn_images / max(len(known), 1))
     rows = known[choose_labels(labels[known], share, None, recipe.seed)]
     rows = np.random.default_rng(recipe.seed).permutation(rows)
-    pool, half = Pool([(contest.packed("train"), rows)]), len(rows) // 2
+    half = len(rows) // 2
+    if isinstance(method.supervision, SupervisedContrast):
+        usable = contest.usable("train")
+        unused = usable[method.supervision.used(labels[usable], recipe.seed) < 0]
+        held = np.isin(rows, unused)
+        rows, half = np.concatenate([rows[~held], rows[held]]), int((~held).sum())
+    pool = Pool([(contest.packed("train"), rows)])
 
     def evaluate() -> dict[str, float]:
         x = np.empty((len(rows), features(encoder)), np.float32)

@@ -76,7 +76,7 @@ def feed_of(
         device=torch.device("cpu"), num_processes=ranks, process_index=rank, mixed_precision="no"
     )
     views = VARIANTS[variant][2]
-    return Feed(pool, views, batch, 5, [0.5] * 3, [0.25] * 3, accelerator, None, method, micro)
+    return Feed(pool, views, batch, 5, [0.5] * 3, [0.25] * 3, accelerator, (), method, micro)
 
 
 def reader(feed: Feed, step: int) -> Callable[[int], tuple[list[Tensor], list[Tensor]]]:

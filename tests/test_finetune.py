@@ -251,7 +251,7 @@ def test_a_refused_command_leaves_what_is_finished(
 def test_settings_out_of_range_are_refused(option: str, reason: str) -> None:
     with pytest.raises(InputError, match=f"finetune: {reason}"):
         config.parse("", argv=[f"--finetune.{option}"])
-    with pytest.raises(InputError, match="schedule 'plateau' looks at the evals"):
+    with pytest.raises(InputError, match="schedule 'plateau' looks at evals"):
         config.parse("", argv=["--finetune.evals=0", "--finetune.schedule=plateau"])
 
 
@@ -278,7 +278,7 @@ def test_a_resumed_round_is_bit_identical(
 def test_all_that_regularizes_goes_together(pretrained: Path) -> None:
     """Layer-wise rates, both mixes, balance and weights; interrupted, it ends the same."""
     write_manifest(
-        pretrained / "more.csv",
+        Path("more.csv"),
         Manifest.of("unlabeled", np.arange(9), np.zeros(9, np.int64), np.linspace(0.1, 0.9, 9)),
         ["split", "index", "label", "confidence", "source"],
     )

@@ -26,12 +26,20 @@ class Method(nn.Module):
     """Which of the views `project` takes; None is all."""
     keyed: Sequence[int] = ()
     """Which of the views `target` takes; none without a slow copy."""
+    supervision: nn.Module | None
+    """A further loss of the projections and the batch's labels."""
+    labels: Tensor | None = None
+    """Labels [B] of the newest batch, -1 unknown, where there is supervision."""
     group: int = 1
     """Images that a process or micro-batch must hold whole numbers of."""
     pair: tuple[Tensor, Tensor]
     """Projections [B, d] of two views in the newest batch, without gradient; with a slow copy the
     second is its target.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.supervision = None  # no class attribute, which would hide a module of that name
 
     def project(self, views: list[Tensor]) -> Tensor:
         """The queried views, each [b, 3, s, s], to projections [v, b, d]."""
@@ -63,7 +71,10 @@ class Method(nn.Module):
             rows = torch.cat([rows, targets.to(rows.dtype)])  # [v + t, B, d]
         self.pair = rows[0].detach(), rows[1 if targets is None else -1].detach()
         with torch.autocast(rows.device.type, enabled=False):
-            return self.loss(rows)
+            loss = self.loss(rows)
+            if self.supervision is not None:
+                loss = loss + self.supervision(rows[: len(projections)], self.labels)
+            return loss
 
     def forward(self, views: list[Tensor], keys: list[Tensor] | None = None) -> Tensor:
         """The loss of this process's views with the projections of all processes.
