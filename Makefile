@@ -10,10 +10,10 @@ given = $(if $($(2)),--$(1) "$($(2))")
 STAGE = $(VENV) $(LAUNCH) -m
 
 .PHONY: help setup demo test lint type check data pretrain embed evaluate label-request \
-	import-labels pseudo-label finetune submit audit rehearse compare-methods compare-requests bench
+	import-labels pseudo-label finetune submit audit rehearse compare-methods compare-requests compare-pseudo-labels bench
 
 help: ## List what can be made, in the order of use
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-22s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.installed ## Make .venv with everything that is needed (PYTHON=python3)
 
@@ -69,6 +69,9 @@ compare-methods: .venv/.installed ## Compare pretraining methods: a table in doc
 
 compare-requests: .venv/.installed ## Compare label-request strategies on a rehearsal: a table in docs/labels.md
 	$(VENV) python -m stages.compare_requests $(recipe) $(ARGS)
+
+compare-pseudo-labels: .venv/.installed ## Compare who predicts pseudo-labels on a rehearsal: a table in docs/labels.md
+	$(VENV) python -m stages.compare_pseudo_labels $(recipe) $(ARGS)
 
 bench: .venv/.installed ## Measure against the peers (NAME=one benchmark)
 	$(VENV) python -m benchmarks $(NAME) $(ARGS)

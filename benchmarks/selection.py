@@ -134,7 +134,7 @@ def checks(x: np.ndarray) -> dict[str, float]:
     recall = float(np.mean(hits)) / min(NEIGHBORS, len(x) - 1)
     part = x[:20_000]
     objective = []
-    for limit in (1 << 30, 1):
+    for limit in (1 << 30, 64 * len(part)):
         neighbours._DISTANCES = limit
         centers, where = kmeans(part, min(1600, len(part)), 20, 0)
         objective.append(float((2 - 2 * (part * centers[where]).sum(1)).mean()))

@@ -102,6 +102,29 @@ def request_table(records: Records, floor: str, facts: dict[str, Any]) -> str:
     )
 
 
+def precision_table(records: Records, control: str, facts: dict[str, Any]) -> str:
+    """A Markdown table of predictors: the precision at each coverage, and what it is above the
+    control's with the same classifier, both ± the standard error over the classifiers.
+    """
+    coverages = [key for key in records[0] if key.endswith("%")]
+    by: dict[str, dict[str, dict[str, float]]] = {}
+    for record in records:
+        by.setdefault(record["predictor"], {})[record["classifier"]] = record
+    heads = [f"right of {c}" for c in coverages] + [f"above {control}, {c}" for c in coverages]
+    lines = [f"| predictor | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for name, own in by.items():
+        cells = [mean_and_error([r[c] for r in own.values()]) for c in coverages]
+        for c in coverages:
+            more = [r[c] - by[control][of][c] for of, r in own.items()]
+            cells.append("control" if name == control else mean_and_error(more, "+.2f"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        f"\n\nPercent of right labels among the surest images of {facts['contest']}, by their true "
+        f"labels; ± the standard error over {len(by[control])} classifiers. Written by "
+        f"`{facts['command']}` on {facts['machine']}."
+    )
+
+
 def mean_and_error(values: Sequence[float], form: str = ".2f") -> str:
     """The mean ± its standard error; alone where there is one value."""
     mean = f"{statistics.fmean(values):{form}}"

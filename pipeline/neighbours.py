@@ -107,7 +107,7 @@ def kmeans(x: Floats, k: int, iterations: int, seed: int) -> tuple[Floats, Ints]
     if not 0 < k <= len(x):
         raise ValueError(f"k-means of {len(x)} rows into {k} clusters; 1 to {len(x)} are possible")
     x = _plain(x)
-    if _gpus() or len(x) * k <= _DISTANCES:
+    if _gpus() or k < 4 or len(x) * k <= _DISTANCES:
         with progress(f"k-means, {k:,} clusters", iterations, "iterations") as advance:
             centers = _lloyd(x, k, iterations, seed, advance)
         return centers, search(x, centers, 1)[1][:, 0]

@@ -1,0 +1,63 @@
+"""The comparison of predictors: precision by true labels, at equal coverage."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import InputError, runs
+from stages import compare_pseudo_labels
+from tests.fake_run import IN_VAL, LIKE_TRAIN, SKIPPED, TWINS, label, write_finetune, write_run
+
+ARGV = ["--data.contest", "small"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    made = {"asked": {"root": str(tmp_path / "small")}}
+    Path("data/small/made_from.json").write_text(json.dumps(made))
+    torch.save(
+        torch.tensor([label("unlabeled", k) for k in range(60)]), tmp_path / "small.oracle.pt"
+    )
+    for seed in range(2):
+        folder = write_finetune(seed, sharp=1.0)
+        Path("runs/entry/requests").mkdir(exist_ok=True)
+        shutil.move(folder, f"runs/entry/requests/none-s{seed}")
+    return tmp_path
+
+
+def test_precision_is_that_of_the_surest_images(here: Path) -> None:
+    compare_pseudo_labels.run(ARGV)
+    records = runs.read_json(Path("docs/requests/entry-pseudo.json"), "")["cells"]
+    assert len(records) == 2 * len(compare_pseudo_labels.PREDICTORS)
+    logits = np.load("runs/entry/requests/none-s1/logits/unlabeled.npy").astype(np.float64)
+    possible = sorted(set(range(60)) - {SKIPPED, IN_VAL, LIKE_TRAIN, max(TWINS)})
+    p = np.exp(logits[possible])
+    sure = (p / p.sum(1, keepdims=True)).max(1)
+    right = p.argmax(1) == [label("unlabeled", k) for k in possible]
+    record = next(
+        r for r in records if r["predictor"] == "arg-max" and r["classifier"].endswith("-s1")
+    )
+    for share in (25, 50):
+        surest = np.argsort(-sure, kind="stable")[: round(share / 100 * 56)]
+        assert record[f"{share} %"] == pytest.approx(100 * right[surest].mean())
+    text = Path("docs/labels.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert rows[0][:3] == ["predictor", "right of 25 %", "right of 50 %"]
+    assert [row[0] for row in rows[2:]] == list(compare_pseudo_labels.PREDICTORS)
+    own = [r["50 %"] for r in records if r["predictor"] == "graph"]
+    control = [r["50 %"] for r in records if r["predictor"] == "arg-max"]
+    more = np.mean(own) - np.mean(control)
+    assert rows[3][4].startswith(f"{more:+.2f} ± ")
+    assert rows[2][3:] == ["control", "control"]
+
+
+def test_true_labels_are_needed(here: Path) -> None:
+    (here / "small.oracle.pt").unlink()
+    with pytest.raises(InputError, match=r"small\.oracle\.pt is not there; a rehearsal's true"):
+        compare_pseudo_labels.run(ARGV)
