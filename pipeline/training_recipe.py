@@ -120,7 +120,9 @@ class Finetune:
     """Augmentation of the training images."""
     consistency: Callable[[], Consistency] | None = None
     """Learn from the unlabeled images, too: a class of pipeline/consistency.py; null does not."""
-    strong_view: View = field(default_factory=lambda: View(1, rotation_p=0.5, solarize_p=0.1))
+    strong_view: View = field(
+        default_factory=lambda: View(1, rotation_p=0.5, solarize_p=0.1, erase_p=0.5)
+    )
     """Augmentation of the strong view of an unlabeled image; `view` is that of the weak one."""
     resolutions: list[int] | None = None
     """Pixels of the training images, as in pretrain; null takes the packed size."""

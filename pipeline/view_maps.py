@@ -174,3 +174,25 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     theta = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
+
+
+def erased_boxes(u: Uniforms, p: float, area: Range) -> Uniforms:
+    """Rectangles as [b, 4] rows of (top, left, height, width), parts of the view; empty where none
+    is drawn.  `u` is [b, 5].
+    """
+    low, high = math.log(0.3), math.log(3.3)
+    size, ratio = between(u[:, 1], area), np.exp(between(u[:, 2], (low, high)))
+    height, width = (np.minimum(np.sqrt(size * r), 1) for r in (ratio, 1 / ratio))
+    boxes = np.stack([u[:, 3] * (1 - height), u[:, 4] * (1 - width), height, width], 1)
+    boxes[u[:, 0] >= p] = 0
+    return boxes.astype(np.float32)
+
+
+def erase(x: Tensor, boxes: Tensor) -> None:
+    """Set rectangles of normalized views [b, 3, s, s] to 0, the mean, in place."""
+    size = x.shape[2]
+    middle = (torch.arange(size, device=x.device) + 0.5) / size
+    top, left, height, width = boxes[:, :, None].unbind(1)  # [b, 1] each
+    rows = (middle >= top) & (middle < top + height)
+    columns = (middle >= left) & (middle < left + width)
+    x.masked_fill_((rows[:, :, None] & columns[:, None, :])[:, None], 0)

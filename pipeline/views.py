@@ -28,6 +28,8 @@ from pipeline.view_maps import (
     blur_matrices,
     color_maps,
     crop_boxes,
+    erase,
+    erased_boxes,
     recolor,
     resize_grid,
     resize_matrices,
@@ -36,7 +38,7 @@ from pipeline.view_maps import (
 )
 
 _PIECE = 32  # images that stay in the cache of a CPU core
-_DRAWS = 43  # uniform numbers per image and view; each operation reads columns of its own
+_DRAWS, _MORE = 43, 5  # uniform numbers per image and view, those of erasing after the others
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,10 @@ class View:
     """Probability of solarization."""
     solarize_threshold: float = 0.5
     """Values (0 to 1) from here on are inverted by solarization."""
+    erase_p: float = 0.0
+    """Probability that a rectangle is erased, filled with the mean color (arXiv 1708.04896)."""
+    erase_area: Range = (0.02, 0.33)
+    """Area of that rectangle as a fraction of the view; its aspect ratio is 0.3 to 3.3."""
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -103,10 +109,12 @@ class View:
                 raise InputError(f"views: {name} is {value}; a probability from 0 to 1 is expected")
             if isinstance(value, tuple) and not value[0] <= value[1]:
                 raise InputError(f"views: {name} is {list(value)}; [low, high] is expected")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise InputError(
-                f"views: crop_scale is {list(self.crop_scale)}; 0 < low <= high <= 1 is expected"
-            )
+        for name in ("crop_scale", "erase_area"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise InputError(
+                    f"views: {name} is {[low, high]}; 0 < low <= high <= 1 is expected"
+                )
         if self.crop_ratio[0] <= 0:
             raise InputError(f"views: crop_ratio is {list(self.crop_ratio)}; above 0 is expected")
 
@@ -126,7 +134,8 @@ def uniforms(seed: int, step: int, batch: int, views: int) -> Uniforms:
     takes its slice of the second axis and sees the augmentations that one process would see.
     """
     rng = np.random.Generator(np.random.Philox(key=[seed, step]))
-    return rng.random((views, batch, _DRAWS), dtype=np.float32)
+    parts = [rng.random((views, batch, k), dtype=np.float32) for k in (_DRAWS, _MORE)]
+    return np.concatenate(parts, axis=2)
 
 
 def parameters(view: View, u: Uniforms, height: int, width: int) -> dict[str, npt.NDArray[Any]]:
@@ -155,6 +164,7 @@ def parameters(view: View, u: Uniforms, height: int, width: int) -> dict[str, np
         "sigma": np.where(u[:, 38] < view.blur_p, between(u[:, 39], view.blur_sigma), 0),
         "degrees": np.where(u[:, 40] < view.rotation_p, between(u[:, 41], view.rotation), 0),
         "solarize": u[:, 42] < view.solarize_p,
+        "erased": erased_boxes(u[:, 43:48], view.erase_p, view.erase_area),
     }
 
 
@@ -233,7 +243,7 @@ class Views:
         drawn = parameters(view, u, height, width)
         p = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in drawn.items()}
         top, left, crop_height, crop_width = p["boxes"].unbind(1)
-        maps = {"solarize": p["solarize"], "degrees": p["degrees"]}
+        maps = {name: p[name] for name in ("solarize", "degrees", "erased")}
         maps["row_in"], maps["row_out"] = resize_grid(top, crop_height, height, size)
         maps["column_in"], maps["column_out"] = resize_grid(
             left, crop_width, width, size, p["flip"]
@@ -271,6 +281,8 @@ class Views:
         recolor(x.view(spare.shape), spare, maps["of_pixel"], maps["of_mean"], self.limits)
         if view.solarize_p:
             solarize(x, maps["solarize"], view.solarize_threshold, self.limits)
+        if view.erase_p:
+            erase(x, maps["erased"])
         return x
 
 

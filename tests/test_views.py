@@ -260,3 +260,37 @@ def test_views_of_other_sizes_and_only_some() -> None:
     assert none == []
     with pytest.raises(InputError, match="size is 0"):
         View(size=0)
+
+
+def test_erased_rectangles_are_of_the_drawn_size_and_the_mean() -> None:
+    images = smooth_images(64)
+    plain, _ = one_view(images, view(), 48)
+    plain = plain.clone()
+    erased, p = one_view(images, view(erase_p=0.5, erase_area=(0.1, 0.3)), 48)
+    hit = p["erased"][:, 2] > 0
+    assert 15 < hit.sum() < 50
+    assert torch.equal(erased[~hit], plain[~hit])
+    for x, before, (top, left, height, width) in zip(
+        erased[hit], plain[hit], p["erased"][hit], strict=True
+    ):
+        gone = (x == 0).all(0) & (before != 0).any(0)
+        assert gone.float().mean() == pytest.approx(height * width, abs=0.05)
+        rows, columns = gone.any(1).nonzero().ravel() + 0.5, gone.any(0).nonzero().ravel() + 0.5
+        for places, start, length in ((rows, top, height), (columns, left, width)):
+            assert places[0] / 48 >= start
+            assert places[-1] / 48 <= start + length
+            assert len(places) == len(places.unique()) == places[-1] - places[0] + 1
+        assert torch.equal(x[:, ~gone], before[:, ~gone])
+
+
+def test_areas_of_erased_rectangles_are_those_asked_for() -> None:
+    p = parameters(view(erase_p=1, erase_area=(0.1, 0.3)), uniforms(0, 0, 20_000, 1)[0], 32, 32)
+    _, _, height, width = p["erased"].T
+    assert (p["erased"] >= 0).all()
+    assert (p["erased"][:, :2] + p["erased"][:, 2:] <= 1 + 1e-6).all()
+    area = height * width
+    assert area.min() == pytest.approx(0.1, abs=0.01)
+    assert area.max() == pytest.approx(0.3, abs=0.01)
+    assert np.median(height / width) == pytest.approx(1, abs=0.05)
+    with pytest.raises(InputError, match=r"views: erase_area is \[0.5, 0.2\]"):
+        view(erase_area=(0.5, 0.2))
