@@ -240,7 +240,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(calls: list[Cal
     refused(file, r"evaluate\.k is \[1\]; 20 in it is expected")
     file.write_text(text)
     Path("docs").mkdir()
-    Path("docs/methods.md").write_text("# Methods\n")
+    Path("docs/methods.md").write_text(f"# Methods\n{comparison.marks('compare-methods')[0]}\n")
     refused(file, r"docs/methods\.md: <!-- .* once each, are expected")
     assert not calls
 
