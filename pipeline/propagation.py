@@ -27,6 +27,7 @@ class Propagation(Predictor):
         iterations: int = 20,
         prior: float = 0.0,
         balanced: bool = True,
+        centered: bool = False,
     ) -> None:
         """Labels diffuse over the graph of nearest neighbors; an image is as sure as the entropy of
         what reaches it is low (Iscen et al., arXiv 1904.04717, section 3.2, equations 9 to 12).
@@ -45,6 +46,8 @@ class Propagation(Predictor):
                 the classifier out.
             balanced: every class has as much to give in total, as in class mass normalization (Zhu
                 et al., 2003).
+            centered: the mean of all embeddings is taken away from each, which tells apart images
+                whose cosines are all near 1.
         """
         for name, value, least in (
             ("neighbors", neighbors, 1),
@@ -57,17 +60,18 @@ class Propagation(Predictor):
         if not 0 <= alpha < 1:
             raise InputError(f"Propagation: alpha is {alpha}; from 0 to below 1 is expected")
         self.neighbors, self.gamma, self.alpha = neighbors, gamma, alpha
-        self.iterations, self.prior, self.balanced = iterations, prior, balanced
+        self.iterations, self.prior = iterations, prior
+        self.balanced, self.centered = balanced, centered
 
     def __call__(self, evidence: Evidence) -> tuple[Ints, Floats]:
         n, classes = evidence.logits.shape
-        s = affinity(np.concatenate([evidence.x, evidence.labeled]), self.neighbors, self.gamma)
-        best, highest, total, product = (
-            np.zeros(n, np.int64),
-            np.full(n, -1.0),
-            np.zeros(n),
-            np.zeros(n),
-        )
+        x = np.concatenate([evidence.x, evidence.labeled])
+        if self.centered:
+            x -= x.mean(0)
+            x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+        s = affinity(x, self.neighbors, self.gamma)
+        best, highest = np.zeros(n, np.int64), np.full(n, -1.0)
+        total, product = np.zeros(n), np.zeros(n)
         step = max(1, _NUMBERS // s.shape[0])
         with progress("propagating labels", classes, "classes") as advance:
             for first in range(0, classes, step):

@@ -24,7 +24,7 @@ PREDICTORS: dict[str, Predictor] = {
     "arg-max": Softmax(),
     "graph": Propagation(),
     "graph, classes not balanced": Propagation(balanced=False),
-    "graph and classifier": Propagation(alpha=0.8, prior=1.0),
+    "graph and classifier": Propagation(alpha=0.5, prior=1.0, centered=True),
 }
 
 

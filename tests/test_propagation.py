@@ -102,6 +102,18 @@ def test_balance_helps_the_class_with_fewer_labels() -> None:
     assert right[1] > right[0]
 
 
+def test_centering_takes_away_what_all_share() -> None:
+    """A direction that all embeddings share far more than their classes makes no difference."""
+    rng = np.random.default_rng(0)
+    truth = np.arange(200) % 2
+    own = np.eye(6)[truth] - 0.5 + 0.3 * rng.standard_normal((200, 6))
+    alone = evidence(unit(own - own.mean(0)), truth, [0, 1], 2)
+    shared = unit(np.concatenate([own, np.full((200, 1), 50.0)], 1))
+    found = Propagation(8, centered=True)(evidence(shared, truth, [0, 1], 2))
+    np.testing.assert_array_equal(found[0], Propagation(8)(alone)[0])
+    assert (found[0] == truth[2:]).mean() > 0.95
+
+
 def test_what_no_label_reaches_is_not_sure() -> None:
     x = unit(np.array([[1, 0, 0], [1, 0.1, 0], [0, 0, 1], [0, 0.1, 1], [1, 0.05, 0]]))
     given = Evidence(np.zeros((4, 2), np.float32), x[:4], x[4:], np.array([1]))
