@@ -38,12 +38,12 @@ def backward_in_parts(
                     rows.append(method.project(queried))
                 keys.append(method.gathered_target(keyed))
     # a process holds a slice of each part: the batch is the parts one after the other
+    own, targets = rows[0].shape[1], [k for k in keys if k is not None]
     whole = torch.cat([gather(z, dim=1) for z in rows], 1).requires_grad_()  # [v, B, d]
-    targets = [k for k in keys if k is not None]
+    del rows
     loss = method.loss_of(whole, torch.cat(targets, 1) if targets else None)
     loss.backward()
     assert whole.grad is not None
-    own = rows[0].shape[1]
     for part, of_part in enumerate(whole.grad.chunk(parts, 1)):
         queried, _ = inputs(parts + part)
         seed(part)

@@ -82,17 +82,28 @@ def test_symmetric_moco_never_uses_its_own_positives_as_negatives() -> None:
     torch.testing.assert_close(joined, rows[2:].flatten(0, 1))
 
 
+@pytest.mark.parametrize("block", [1, 3, 1024])
 @pytest.mark.parametrize(("batch", "width"), [(2, 3), (9, 4), (16, 32)])
-def test_redundancy_is_lightlys(batch: int, width: int) -> None:
-    a, b = random(batch, width), random(batch, width)
-    assert_same(redundancy(a, b, 0.0051), BarlowTwinsLoss(0.0051)(a, b), a, b)
+def test_redundancy_is_lightlys(
+    batch: int, width: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.methods.barlow_twins.BLOCK", block)
+    z = random(2, batch, width)
+    assert_same(redundancy(z, 0.0051), BarlowTwinsLoss(0.0051)(z[0], z[1]), z)
+
+
+def test_redundancy_of_three_views_is_the_mean_over_pairs() -> None:
+    z = random(3, 7, 5)
+    pairs = [BarlowTwinsLoss(0.1)(z[i], z[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert_same(3 * redundancy(z, 0.1), sum(pairs), z)
 
 
 def test_redundancy_closed_form() -> None:
     """Equal views with uncorrelated dimensions cost nothing; opposite ones 4 a dimension."""
     z = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
-    assert redundancy(z, z, 0.5).item() == pytest.approx(0, abs=1e-8)
-    assert redundancy(z, -z, 0.5).item() == pytest.approx(8, rel=1e-4)  # batch norm's epsilon
+    assert redundancy(torch.stack([z, z]), 0.5).item() == pytest.approx(0, abs=1e-8)
+    opposite = redundancy(torch.stack([z, -z]), 0.5).item()
+    assert opposite == pytest.approx(8, rel=1e-4)  # batch norm's epsilon
 
 
 def test_regression_is_lightlys_negative_cosine_symmetrized() -> None:

@@ -1,24 +1,68 @@
 """Barlow Twins: Self-Supervised Learning via Redundancy Reduction (arXiv 2103.03230)."""
 
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from pipeline.encoders import features
 from pipeline.methods.base import Method, check_above, mlp
 
+BLOCK = 1024  # rows of the cross-correlation that are in memory at a time
+EPSILON = 1e-5  # added to the variance, as by batch norm
 
-def redundancy(a: Tensor, b: Tensor, off_diagonal: float) -> Tensor:
-    """Distance of the cross-correlation [d, d] of two views' projections [b, d] from the identity,
-    entries off its diagonal weighted (equations 1 and 2).
+
+def redundancy(projections: Tensor, off_diagonal: float) -> Tensor:
+    """Distance of the cross-correlation [d, d] of two views' projections [v, b, d] from the
+    identity, entries off its diagonal weighted (equations 1 and 2); the mean over pairs of views.
     """
-    a, b = (F.batch_norm(z, None, None, training=True) for z in (a, b))
-    c = a.T @ b / len(a)  # [d, d]
-    diagonal = c.diagonal()
-    invariance = (diagonal - 1).square().sum()
-    return invariance + off_diagonal * (c.square().sum() - diagonal.square().sum())
+    loss: Tensor = _Redundancy.apply(projections, off_diagonal)
+    return loss
+
+
+class _Redundancy(torch.autograd.Function):
+    """The loss and its gradient in one sweep over blocks of the cross-correlation's rows, in memory
+    O(v b d): one more number for each projection.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, projections: Tensor, off_diagonal: float) -> Tensor:
+        v, n, d = projections.shape
+        mean = projections.mean(1, keepdim=True)  # [v, 1, d]
+        scale = (projections.var(1, correction=0, keepdim=True) + EPSILON).rsqrt()
+        grad = torch.zeros_like(projections)  # with respect to normalized projections, at first
+        loss, pairs = projections.new_zeros(()), list(combinations(range(v), 2))
+        for i, j in pairs:
+            for start in range(0, d, BLOCK):
+                part = slice(start, start + BLOCK)
+                x = (projections[i, :, part] - mean[i, :, part]) * scale[i, :, part]  # [n, block]
+                c = (x.T @ projections[j]).mul_(scale[j] / n)  # x has mean 0: the other's is gone
+                diagonal = c.diagonal(start)
+                loss += off_diagonal * (c.square().sum() - diagonal.square().sum())
+                loss += (diagonal - 1).square().sum()
+                own = 2 * (diagonal - 1)
+                c *= 2 * off_diagonal
+                c.diagonal(start).copy_(own)
+                grad[j].addmm_(x, c, alpha=1 / n)
+                c *= scale[j] / n
+                grad[i, :, part] += projections[j] @ c.T - mean[j] @ c.T
+        for view in range(v):
+            for start in range(0, d, BLOCK):  # through the normalization
+                part = slice(start, start + BLOCK)
+                x = (projections[view, :, part] - mean[view, :, part]) * scale[view, :, part]
+                g = grad[view, :, part]
+                g -= g.mean(0) + x * (g * x).mean(0)
+                g *= scale[view, :, part] / len(pairs)
+        ctx.grad = grad
+        return loss / len(pairs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        grad, ctx.grad = ctx.grad, None
+        return grad.mul_(grad_output), None
 
 
 class BarlowTwins(Method):
@@ -49,5 +93,4 @@ class BarlowTwins(Method):
         return torch.stack([self.projector(self.encoder(view)) for view in views])
 
     def loss(self, projections: Tensor) -> Tensor:
-        pairs = combinations(projections, 2)  # one pair with two views
-        return torch.stack([redundancy(a, b, self.off_diagonal) for a, b in pairs]).mean()
+        return redundancy(projections, self.off_diagonal)
