@@ -101,9 +101,9 @@ def _mixed(weights: Tensor, x: Tensor) -> Tensor:
 @torch.no_grad()
 def sinkhorn(scores: Tensor, epsilon: float, iterations: int, weights: Tensor | None) -> Tensor:
     """Assignments [b, k] of sum 1 that use all prototypes alike (section 3.1, equations 3 to 5;
-    its factors 1/k and 1/b cancel), from scores [b, k]; weights [b] are 1 or 0.
+    its factors 1/k and 1/b cancel), from scores [b, k], in their place; weights [b] are 1 or 0.
     """
-    q = (scores - scores.max()).div_(epsilon).exp_()
+    q = scores.sub_(scores.max()).div_(epsilon).exp_()
     if weights is not None:
         q *= weights[:, None]
     for _ in range(iterations):

@@ -67,7 +67,7 @@ class SwAV(Method):
             ).sum()
 
         assigned = [self._assigned(view) for view in (0, 1)]
-        logits = v * len(self.prototypes)  # of an image
+        logits = 4 * v * len(self.prototypes)  # of an image, in several arrays
         return sum_by_parts(summed, logits, projections.transpose(0, 1), *assigned) / (2 * b)
 
     @torch.no_grad()
