@@ -85,16 +85,16 @@ def run(
 
 
 def _logits(entries: list[str], needed: bool) -> list[Path]:
-    """The unlabeled split's logits by the latest fine-tuning of each entry; none where the first
-    has no fine-tuning yet and none is needed.
+    """The unlabeled split's logits by the latest fine-tuning of each entry; none where they are not
+    there and not needed.
     """
     try:
         folders = [runs.latest_finetune(entry) for entry in entries]
+        return [runs.require(f / "logits" / "unlabeled.npy", "make finetune") for f in folders]
     except InputError:
         if needed:
             raise
         return []
-    return [runs.require(f / "logits" / "unlabeled.npy", "make finetune") for f in folders]
 
 
 def _is_answered_in_part(

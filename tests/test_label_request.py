@@ -136,6 +136,14 @@ def test_before_any_fine_tuning_the_neighbors_guess(here: Path) -> None:
     assert "Margin," not in (folder / "overlap.csv").read_text()
 
 
+def test_logits_that_are_not_there_are_missed_only_where_needed(here: Path) -> None:
+    """A fine-tuning that left the unlabeled split out is none to ask."""
+    (write_finetune() / "logits" / "unlabeled.npy").unlink()
+    assert len(ask("--label_request.strategy", "Random")) == 8
+    with pytest.raises(InputError, match=r"unlabeled\.npy is not there; `make finetune` makes it"):
+        ask("--label_request.strategy", "Margin", force=True)
+
+
 def test_further_entries_vote(here: Path) -> None:
     write_finetune()
     alone = ask("--label_request.strategy", "Margin")
