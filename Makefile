@@ -10,7 +10,8 @@ given = $(if $($(2)),--$(1) "$($(2))")
 STAGE = $(VENV) $(LAUNCH) -m
 
 .PHONY: help setup demo test lint type check data pretrain embed evaluate label-request \
-	import-labels pseudo-label finetune submit audit rehearse compare-methods compare-requests compare-pseudo-labels bench
+	import-labels pseudo-label finetune submit audit rehearse compare-methods compare-requests \
+	compare-pseudo-labels compare-finetunings compare-entries bench
 
 help: ## List what can be made, in the order of use
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-22s %s\n", $$1, $$2}' Makefile
@@ -72,6 +73,12 @@ compare-requests: .venv/.installed ## Compare label-request strategies on a rehe
 
 compare-pseudo-labels: .venv/.installed ## Compare who predicts pseudo-labels on a rehearsal: a table in docs/labels.md
 	$(VENV) python -m stages.compare_pseudo_labels $(recipe) $(ARGS)
+
+compare-finetunings: .venv/.installed ## Compare ways of fine-tuning from the encoder of RECIPE= (RECIPES="recipes/finetunings/*.yaml", the control first)
+	$(VENV) python -m stages.compare_entries --base "$(RECIPE)" $(RECIPES) $(ARGS)
+
+compare-entries: .venv/.installed ## Compare whole entries, and a peer (RECIPES="CONTROL OTHER …" ARGS='--peer "COMMAND"')
+	$(VENV) python -m stages.compare_entries $(RECIPES) $(ARGS)
 
 bench: .venv/.installed ## Measure against the peers (NAME=one benchmark)
 	$(VENV) python -m benchmarks $(NAME) $(ARGS)

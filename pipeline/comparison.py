@@ -41,6 +41,19 @@ def outcome(entry: str, contest: Contest) -> dict[str, Any]:
     }
 
 
+def entry_outcome(folder: Path, pretrained: bool) -> dict[str, Any]:
+    """Scores in percent and minutes of training of an entry: of its latest fine-tuning, with the
+    minutes of all and, where it `pretrained` itself, of that.
+    """
+    made_by = "make finetune"
+    tuned = [runs.read_json(f / "provenance.json", made_by) for f in runs.finetune_folders(folder)]
+    found = {key: tuned[-1]["results"][key] for key in ("val_top1", "val_top5", "holdout_top1")}
+    found["minutes_of_finetuning"] = sum(made["results"]["minutes"] for made in tuned)
+    if pretrained and (file := folder / "pretrain" / "provenance.json").is_file():
+        found["minutes_of_pretraining"] = runs.read_json(file, "")["results"]["minutes"]
+    return found | {key: tuned[-1][key] for key in ("commit", "versions")}
+
+
 def _knn_on_train(contest: Contest, file: Path) -> float:
     """kNN accuracy in percent of one half of train on the other, by the embeddings in `file`."""
     train = contest.manifest("train").usable()
@@ -122,6 +135,35 @@ def precision_table(records: Records, control: str, facts: dict[str, Any]) -> st
         f"\n\nPercent of right labels among the surest images of {facts['contest']}, by their true "
         f"labels; ± the standard error over {len(by[control])} classifiers. Written by "
         f"`{facts['command']}` on {facts['machine']}."
+    )
+
+
+def entry_table(rows: dict[str, Records], control: str, command: str) -> str:
+    """A Markdown table of {entry: records of its seeds}, best first: top-1 on val ± the standard
+    error over the seeds, and its ratio to the control's.
+    """
+    done = {name: records for name, records in rows.items() if records}
+    if not done:
+        return "Not run yet."
+    lines = [
+        "| entry | seeds | top-1 | of the control | held out | minutes |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name in sorted(done, key=lambda name: -_mean(done[name], "val_top1")):
+        records = done[name]
+        held = [r["holdout_top1"] for r in records if r.get("holdout_top1") is not None]
+        ratio = "?" if control not in done else "control" if name == control else ""
+        ratio = ratio or f"{_mean(records, 'val_top1') / _mean(done[control], 'val_top1'):.2f}"
+        parts = "minutes_of_pretraining", "minutes_of_finetuning", "wall_minutes"
+        minutes = [_mean(records, key) for key in parts if key in records[0]]
+        cells = [name, str(len(records)), mean_and_error([r["val_top1"] for r in records]), ratio]
+        cells += [mean_and_error(held) if held else "", " + ".join(f"{m:.1f}" for m in minutes)]
+        lines.append(f"| {' | '.join(cells)} |")
+    machines = "; ".join(sorted({r["machine"] for records in done.values() for r in records}))
+    return "\n".join(lines) + (
+        f"\n\nTop-1 in percent on val and on the labels held out of train, ± the standard error "
+        f"over the seeds; minutes of training, pretraining + fine-tuning (a peer's from start to "
+        f"end). Written by `{command}` on {machines}."
     )
 
 

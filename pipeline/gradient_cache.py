@@ -43,8 +43,10 @@ def backward_in_parts(
     del rows
     loss = method.loss_of(whole, torch.cat(targets, 1) if targets else None)
     loss.backward()
-    assert whole.grad is not None
-    for part, of_part in enumerate(whole.grad.chunk(parts, 1)):
+    grad = whole.grad
+    assert grad is not None
+    del whole, targets, keys
+    for part, of_part in enumerate(grad.chunk(parts, 1)):
         queried, _ = inputs(parts + part)
         seed(part)
         with autocast():

@@ -1,8 +1,12 @@
-"""A budget in epochs, steps or minutes as a number of steps at each resolution."""
+"""A budget in epochs, steps or minutes as a number of steps at each resolution, and what a run
+took.
+"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pipeline import InputError
 
@@ -51,3 +55,12 @@ def plan_steps(
     total = config.steps or max(1, round(config.epochs * images / config.batch_size))
     ends = [round(total * (k + 1) / len(resolutions)) for k in range(len(resolutions))]
     return Plan(resolutions, [b - a for a, b in zip([0, *ends], ends, strict=False)])
+
+
+def minutes_of(history: Sequence[dict[str, float]], batch_size: int) -> float:
+    """Minutes of training, those before an interruption too; what was measured on the way is left
+    out.
+    """
+    logged = [h for h in history if "images_per_second" in h]
+    steps = np.diff([0, *(h["step"] for h in logged)])
+    return float(sum(steps * batch_size / [h["images_per_second"] for h in logged]) / 60)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -51,9 +52,14 @@ def finetune_folder(entry: str, round_: int) -> Path:
     return entry_folder(entry) / f"finetune-{round_}"
 
 
+def finetune_folders(entry: Path) -> list[Path]:
+    """The finetune-K of an entry, finished or not, in the order of K."""
+    return _in_order(entry.glob("finetune-*"))
+
+
 def latest_finetune(entry: str) -> Path:
     """The finished finetune-K with the highest K; InputError where there is none."""
-    folders = _in_order(entry_folder(entry).glob("finetune-*"))
+    folders = finetune_folders(entry_folder(entry))
     done = [folder for folder in folders if (folder / "provenance.json").is_file()]
     if not done:
         raise InputError(f"{entry_folder(entry)} holds no finished finetune-K; run `make finetune`")
@@ -62,7 +68,7 @@ def latest_finetune(entry: str) -> Path:
 
 def unfinished_after(finetune: Path) -> Path | None:
     """The finetune-K of the highest K above that of a finished one, if there is any."""
-    last = _in_order(finetune.parent.glob("finetune-*"))[-1]
+    last = finetune_folders(finetune.parent)[-1]
     return None if last == finetune else last
 
 
@@ -235,6 +241,28 @@ def say(*words: Any) -> None:
     """Print on the main process only."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+@contextmanager
+def interrupts(then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """The numbers of SIGTERM and SIGINT as they come: `then` is called at each, where they would
+    have stopped the program.
+    """
+    told: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        told.append(number)
+        then()
+
+    try:
+        old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: the caller handles signals
+        old = {}
+    try:
+        yield told
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def stage(main: Callable[[], None]) -> None:

@@ -1,7 +1,7 @@
 """Labels joined into pretraining: a supervised contrastive loss on the same projections."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -109,23 +109,28 @@ def join(
             parts.append(np.full(len(usable), -1))
     labels, batch = np.concatenate(parts), config.batch_size
     joined = round(supervision.share * batch)
-    return torch.from_numpy(labels), partial(joined_batch_at, labels, batch, joined, seed)
+    return torch.from_numpy(labels), joined_batches(labels, batch, joined, seed)
 
 
-def joined_batch_at(labels: Ints, batch: int, labeled: int, seed: int, step: int) -> Ints:
-    """The positions [batch] of the global batch of `step`: of all images, then `labeled` ones in
-    pairs of a class.  In an epoch of theirs each labeled image comes once.
+def joined_batches(labels: Ints, batch: int, labeled: int, seed: int) -> Callable[[int], Ints]:
+    """A function of the step: the positions [batch] of its global batch, of all images, then
+    `labeled` ones in pairs of a class.  In an epoch of theirs each labeled image comes once.
     """
     known = np.flatnonzero(labels >= 0)
     labeled = labeled if len(known) else 0
-    of_all = batch_at(len(labels), batch - labeled, seed, step)
-    places = np.arange(step * labeled, (step + 1) * labeled)
-    of_labeled = np.empty(labeled, np.int64)
-    for epoch in np.unique(places // max(len(known), 1)):
-        here = places // len(known) == epoch
-        order = _in_pairs(labels[known], seed, int(epoch))
-        of_labeled[here] = known[order[places[here] % len(known)]]
-    return np.concatenate([of_all, of_labeled])
+    order_of = lru_cache(maxsize=2)(partial(_in_pairs, labels[known], seed))
+
+    def at(step: int) -> Ints:
+        of_all = batch_at(len(labels), batch - labeled, seed, step)
+        places = np.arange(step * labeled, (step + 1) * labeled)
+        epochs, places = np.divmod(places, max(len(known), 1))
+        of_labeled = np.empty(labeled, np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            of_labeled[here] = known[order_of(int(epoch))[places[here]]]
+        return np.concatenate([of_all, of_labeled])
+
+    return at
 
 
 def _in_pairs(labels: Ints, seed: int, epoch: int) -> Ints:

@@ -3,8 +3,8 @@
 import signal
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.methods.base import Method
 from pipeline.optim import set_lr
 from pipeline.plan import Plan, plan_steps
 from pipeline.progress import progress
-from pipeline.runs import differences, read_json, say, write_json
+from pipeline.runs import differences, interrupts, read_json, say, write_json
 
 _CALIBRATION = (2, 5)  # steps to warm up, steps to time, at each resolution
 
@@ -53,8 +53,9 @@ class Trainer:
     signs: Callable[[], dict[str, Tensor]] | None = None
     judge: Callable[[list[dict[str, float]], float], None] | None = None
     history: list[dict[str, float]] = field(default_factory=list)
-    _stop: int = 0
+    _stop: Sequence[int] = ()
     _logged: int = 0
+    _unlogged: float = 0.0  # seconds since then
 
     def __post_init__(self) -> None:
         self.module.to(self.accelerator.device)
@@ -156,6 +157,7 @@ class Trainer:
         if self.plateau is not None:
             self.plateau.load_state_dict(state["plateau"])
         self.history[:], self._logged = state["history"], int(state["logged"])
+        self._unlogged = state.get("unlogged", 0.0)
         self._losses.copy_(state["losses"])
         say(f"going on from step {state['step']:,} ({self.checkpoint})")
         return int(state["step"])
@@ -179,6 +181,7 @@ class Trainer:
                 "history": self.history,
                 "losses": self._losses,
                 "logged": self._logged,
+                "unlogged": self._unlogged,
             },
         )
 
@@ -197,28 +200,13 @@ class Trainer:
         checkpoint, or was told to stop.
         """
         begin = self._logged
-        self._losses[-2], self._losses[-1] = float(late), float(self._stop)
+        self._losses[-2], self._losses[-1] = float(late), float(bool(self._stop))
         mean = self.accelerator.reduce(self._losses.clone(), "mean").tolist()
         losses = [mean[s % self.log_steps] for s in range(begin, end)]
         for step, loss in zip(range(begin, end), losses, strict=True):
             if not abs(loss) < float("inf"):
                 self._fail(step, f"the loss is {loss}")
         return statistics.fmean(losses), mean[-2] > 0, mean[-1] > 0
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        def note(number: int, frame: Any) -> None:
-            self._stop = number
-
-        try:
-            old = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: the caller handles signals
-            old = {}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     def fit(self, plan: Plan, what: str) -> list[dict[str, float]]:
         """Make the steps of `plan`, from the checkpoint where there is one; the history of the run.
@@ -234,10 +222,11 @@ class Trainer:
             self._evaluate(0)  # what there is to improve on
         elif start == total and self.judge is not None and self.history:
             self.judge(self.history, 1.0)  # a run that was stopped by it at its end stays stopped
-        saved = tick = time.monotonic()
+        saved = time.monotonic()
+        tick = saved - self._unlogged
         self.module.train()
         with (
-            self._signals(),
+            interrupts() as self._stop,
             closing(self._fetched(start, total)) as fetched,
             progress(
                 what, total * batch, "images", start * batch, lambda n: plan.share(n // batch)
@@ -259,6 +248,7 @@ class Trainer:
                     note, self._logged, tick = f"loss {loss:.3f}", done, time.monotonic()
                 advance(batch, note)
                 paused = time.monotonic()
+                self._unlogged = paused - tick
                 if done in marks and self.evaluate is not None:
                     self._evaluate(done)
                 if save or stop or done == total:
@@ -269,7 +259,7 @@ class Trainer:
                 tick += time.monotonic() - paused
                 if stop:
                     say(f"stopped after step {done:,}; the same command goes on from there")
-                    raise SystemExit(128 + (self._stop or signal.SIGTERM))
+                    raise SystemExit(128 + (self._stop[0] if self._stop else signal.SIGTERM))
         for tracker in self.accelerator.trackers:  # end_training would end the processes' group too
             tracker.finish()
         return self.history

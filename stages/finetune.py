@@ -27,6 +27,7 @@ from pipeline.manifest import (
     training_set,
     write_manifest,
 )
+from pipeline.plan import minutes_of
 from pipeline.recipe import Recipe
 
 
@@ -125,7 +126,8 @@ def run(
         write_manifest(folder / "holdout.csv", held, PSEUDO_LABELS)
         runs.write_json(folder / "history.json", history)
         scores = report(folder, contest, held)
-        facts.finish(round=round_, labels=len(train), **scores)
+        took = {"steps": plan.total, "minutes": minutes_of(history, c.batch_size)}
+        facts.finish(round=round_, labels=len(train), **took, **scores)
         for key, value in scores.items():
             if value is not None:
                 runs.say(f"{key}: {value:.2f} %")

@@ -1,5 +1,6 @@
 """The fine-tuning stage: rounds, what is trained, what is chosen by, what is kept."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -264,13 +265,17 @@ def test_a_resumed_round_is_bit_identical(
 
     def stop_at(self: Any, fetched: Any, at: int, *rest: Any) -> None:
         step(self, fetched, at, *rest)
-        self._stop = 15 if at == 12 else 0
+        time.sleep(0.05)
+        self._stop = [15] if at == 12 and not self.resumed else []
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", stop_at)
-        with pytest.raises(SystemExit):
-            run(*options, force=True)
-    resumed = load_torch(run(*options) / "checkpoint.pt")
+    monkeypatch.setattr(Trainer, "step", stop_at)
+    monkeypatch.setattr(Trainer, "resumed", False, raising=False)
+    with pytest.raises(SystemExit):
+        run(*options, force=True)
+    monkeypatch.setattr(Trainer, "resumed", True)
+    folder = run(*options)
+    assert results(folder)["minutes"] >= 20 * 0.05 / 60  # those before the interruption, too
+    resumed = load_torch(folder / "checkpoint.pt")
     assert resumed["step"] == whole["step"] == 20
     assert all(torch.equal(v, resumed["module"][k]) for k, v in whole["module"].items())
 

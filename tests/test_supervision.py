@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pipeline import InputError, config
 from pipeline.gradient_cache import backward_in_parts
 from pipeline.runs import read_json
-from pipeline.supervision import SupervisedContrast, joined_batch_at
+from pipeline.supervision import SupervisedContrast, joined_batches
 from stages import pretrain
 
 from .conftest import TINY
@@ -83,7 +83,8 @@ def test_every_labeled_image_comes_once_in_an_epoch(
     rng = np.random.default_rng(seed)
     labels = np.full(n, -1)
     labels[rng.permutation(n)[: min(known, n)]] = rng.integers(0, 5, min(known, n))
-    batches = [joined_batch_at(labels, 10, labeled, seed, step) for step in range(30)]
+    at = joined_batches(labels, 10, labeled, seed)
+    batches = [at(step) for step in range(30)]
     assert all(len(b) == 10 and b.min() >= 0 and b.max() < n for b in batches)
     if not (labels >= 0).any() or not labeled:
         return
@@ -91,13 +92,13 @@ def test_every_labeled_image_comes_once_in_an_epoch(
     own = np.flatnonzero(labels >= 0)
     for start in range(0, len(stream) - len(own) + 1, len(own)):
         assert sorted(stream[start : start + len(own)].tolist()) == own.tolist()
-    again = joined_batch_at(labels, 10, labeled, seed, 7)
+    again = joined_batches(labels, 10, labeled, seed)(7)  # of no other step before
     np.testing.assert_array_equal(again, batches[7])
 
 
 def test_labeled_images_come_in_pairs_of_a_class() -> None:
     labels = np.repeat(np.arange(10), 8)
-    batch = joined_batch_at(labels, 40, 40, 0, 0)
+    batch = joined_batches(labels, 40, 40, 0)(0)
     pairs = labels[batch].reshape(-1, 2)
     assert (pairs[:, 0] == pairs[:, 1]).all()
     assert len(np.unique(pairs)) > 6

@@ -10,6 +10,8 @@ from pipeline import InputError
 from pipeline.collapse import signs_of
 from pipeline.distributed import gather
 
+SHOWN = 1024  # images of a batch whose projections are kept for the signs of a collapse
+
 
 class Method(nn.Module):
     """An encoder, what it is trained with, and a loss over the global batch.
@@ -33,8 +35,8 @@ class Method(nn.Module):
     group: int = 1
     """Images that a process or micro-batch must hold whole numbers of."""
     pair: tuple[Tensor, Tensor]
-    """Projections [B, d] of two views in the newest batch, without gradient; with a slow copy the
-    second is its target.
+    """Projections [n, d] of two views of at most SHOWN images in the newest batch, without
+    gradient; with a slow copy the second is its target.
     """
 
     def __init__(self) -> None:
@@ -69,7 +71,9 @@ class Method(nn.Module):
             if order is not None:
                 targets = targets[:, order.argsort().to(targets.device, non_blocking=True)]
             rows = torch.cat([rows, targets.to(rows.dtype)])  # [v + t, B, d]
-        self.pair = rows[0].detach(), rows[1 if targets is None else -1].detach()
+        shown = rows[:, :: -(-rows.shape[1] // SHOWN)].detach()
+        # copies: the projections of a large batch go once they have their gradient
+        self.pair = shown[0].clone(), shown[1 if targets is None else -1].clone()
         with torch.autocast(rows.device.type, enabled=False):
             loss = self.loss(rows)
             if self.supervision is not None:

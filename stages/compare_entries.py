@@ -1,0 +1,149 @@
+"""Compare entries by all that they take: a table in docs/labels.md, from the runs' own records.
+
+python -m stages.compare_entries RECIPE … [--seeds 3] [--peer "COMMAND"]
+python -m stages.compare_entries RECIPE … --base RECIPE [--encoder ENTRY] [--seeds 3]
+Every recipe is run with every seed through what it needs, as the entry RECIPE-sSEED: pretraining
+(not from scratch), embeddings where its pseudo-labels look at them, fine-tuning and, where `pseudo`
+is among its manifests, pseudo-labels and fine-tuning again.  The first recipe is the control.  With
+--base the recipes change that one, and all start from the encoder of one entry, BASE if none is
+named.  A peer is any command that takes --seed and whose last line is JSON with `peer` (its name)
+and `finetuned` (top-1 on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run,
+and the table.  What is recorded is not run again; what was interrupted goes on, rounds of
+pseudo-labels from the first one.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pipeline import InputError, comparison, entrants, runs
+from pipeline.entrants import Entrant
+from pipeline.machine import processor
+
+AFTER = ("finetune", "pseudo_label")  # sections that decide a record, beside the pretraining's
+
+
+def read(file: Path, base: Path | None, encoder: str | None, records: Path) -> Entrant:
+    """The recipe in `file`, over that of `base`, from the encoder of an entry, where there are."""
+    name = f"{base.stem}-{file.stem}" if base else file.stem
+    words = [word for f in (base, file) if f for word in ("--recipe", str(f))]
+    if encoder is None:
+        return Entrant.read(name, words, ("encoder", "pretrain", *AFTER), records)
+    weights = runs.entry_folder(encoder) / "pretrain" / "encoder.safetensors"
+    made_by = f"make pretrain RECIPE={base or file} ARGS='--entry {encoder}'"
+    return Entrant.read(name, words, ("encoder", *AFTER), records, [runs.require(weights, made_by)])
+
+
+def pseudo(entrant: Entrant) -> bool:
+    """Whether it learns from pseudo-labels."""
+    return "pseudo" in entrant.recipe.finetune.manifests
+
+
+def forget_rounds(folder: Path) -> None:
+    """Remove the pseudo-labels of an unfinished run, and what was trained on them: a later
+    fine-tuning would have labeled them anew.
+    """
+    for file in folder.glob("pseudo-*"):
+        file.unlink()
+    for tuned in runs.finetune_folders(folder)[1:]:
+        shutil.rmtree(tuned)
+
+
+def run_one(encoder: str | None, entrant: Entrant, seed: int) -> None:
+    """Every stage that the entry needs, in order, and the record of what they wrote."""
+    folder = runs.entry_folder(entrant.entry(seed))
+    embeds = pseudo(entrant) and entrant.recipe.pseudo_label.predictor().uses_embeddings
+    if encoder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for link in (folder / "pretrain", folder / "embeddings"):
+            if link.exists() and not link.is_symlink():
+                raise InputError(f"{link} is there already; no entry of that name is expected")
+            link.unlink(missing_ok=True)  # may be another entry's
+            link.symlink_to(Path("..") / encoder / link.name)
+    elif entrant.recipe.finetune.init == "pretrained":
+        entrant.call("pretrain", seed)
+        if embeds:
+            entrant.call("embed", seed)
+    if pseudo(entrant):
+        forget_rounds(folder)
+    for stage in ["finetune", *(["pseudo_label", "finetune"] if pseudo(entrant) else [])]:
+        entrant.call(stage, seed)
+    found = comparison.entry_outcome(folder, encoder is None)
+    entrant.keep(seed, {"recipe": entrant.words[-1], "seed": seed} | found)
+
+
+def run_peer(command: str, seed: int, file: Path) -> None:
+    """Run a peer, and record what its last line says; InputError where it fails or says nothing."""
+    words = [*shlex.split(command), "--seed", str(seed)]
+    runs.say(f"\n$ {shlex.join(words)}")
+    began = time.monotonic()
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+        said = json.loads((done.stdout.strip().splitlines() or [""])[-1])
+        found = {"name": str(said["peer"]), "val_top1": 100 * float(said["finetuned"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--peer: {shlex.join(words)} failed ({error}); a last line of JSON with peer and "
+            f"finetuned is expected"
+        ) from None
+    took = {"wall_minutes": (time.monotonic() - began) / 60}
+    facts = {"machine": processor(), "command": command}
+    runs.write_json(file, {"seed": seed} | found | took | facts | {"said": said})
+
+
+def run(a: Namespace, command: str) -> None:
+    """Every recipe and peer with every seed, and the table as it grows."""
+    encoder = a.encoder or (a.base.stem if a.base else None)
+    all_of = [read(file, a.base, encoder, a.records) for file in a.recipes]
+    comparison.of_one_contest([e.contest.name for e in all_of])
+    target = "compare-finetunings" if encoder else "compare-entries"
+    peers = [a.records / f"peer-{a.recipes[0].stem}-s{seed}.json" for seed in range(a.seeds)]
+
+    def of_peer(file: Path) -> dict[str, Any] | None:
+        if not a.peer or not file.is_file():
+            return None
+        found: dict[str, Any] = runs.read_json(file, "the comparison")
+        return found if found["command"] == a.peer else None
+
+    def write() -> None:
+        rows = {e.name: e.recorded() for e in all_of}
+        for record in filter(None, map(of_peer, peers)):
+            rows.setdefault(record["name"], []).append(record)
+        comparison.put(a.table, target, comparison.entry_table(rows, all_of[0].name, command))
+
+    write()  # which says what is wrong with that file before hours of training
+    for seed in range(a.seeds):
+        entrants.run_all([(e, seed) for e in all_of], partial(run_one, encoder), write)
+        if a.peer and of_peer(peers[seed]) is None:
+            run_peer(a.peer, seed, peers[seed])
+            write()
+    runs.say(f"wrote {a.table} from the records in {a.records}; next: commit both")
+
+
+def parse(argv: list[str]) -> Namespace:
+    form = RawDescriptionHelpFormatter
+    parser = ArgumentParser("compare_entries", description=__doc__, formatter_class=form)
+    parser.add_argument("recipes", type=Path, nargs="+", help="the control first")
+    parser.add_argument("--base", type=Path, help="recipe that they change, whose encoder they use")
+    parser.add_argument("--encoder", help="entry of another name that has it")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each")
+    parser.add_argument("--peer", default="", help="command of a peer")
+    parser.add_argument("--records", type=Path, default=Path("docs/entries"), help="folder")
+    parser.add_argument("--table", type=Path, default=Path("docs/labels.md"), help="Markdown file")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    run(parse(words), shlex.join(["python", "-m", "stages.compare_entries", *words]))
+
+
+if __name__ == "__main__":
+    runs.stage(main)

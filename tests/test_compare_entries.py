@@ -1,0 +1,158 @@
+"""The comparison of entries: each goes through what it needs, once, and peers beside them."""
+
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import InputError, entrants, runs
+from stages import compare_entries
+
+BASE = """
+data: {contest: tiny}
+encoder: {name: resnet10t}
+pretrain: {steps: 3, batch_size: 16, resolutions: [32], knn_evals: 0}
+finetune: {steps: 3, batch_size: 16, holdout: 0.2, manifests: [train]}
+"""
+PSEUDO = """
+pseudo_label: {predictor: Propagation}
+finetune: {manifests: [train, pseudo], steps: 2}
+"""
+PEER = (
+    f"{sys.executable} -c \"import sys, json; open('peers', 'a').write(sys.argv[2]); "
+    "print('noise'); print(json.dumps(dict(peer='theirs', finetuned=0.125)))\""
+)
+Call = tuple[str, str]
+
+
+@pytest.fixture
+def calls(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """The (stage, entry) that were called, in this process, which spares the imports."""
+    made: list[Call] = []
+
+    def call(stage: str, words: list[str]) -> int:
+        made.append((stage, words[words.index("--entry") + 1]))
+        monkeypatch.setattr(sys, "argv", [stage, *words])
+        import_module(f"stages.{stage}").main()
+        return 0
+
+    monkeypatch.setattr(entrants, "call", call)
+    for name, text in (
+        ("base", BASE),
+        ("plain", "finetune: {ema: 0.5}"),
+        ("pseudo", PSEUDO),
+        ("scratch", f"{BASE}\n".replace("finetune: {", "finetune: {init: scratch, ")),
+    ):
+        Path(f"{name}.yaml").write_text(text)
+    return made
+
+
+def compare(*argv: str) -> None:
+    compare_entries.run(compare_entries.parse([*argv]), "the command")
+
+
+def record(entry: str) -> dict[str, Any]:
+    return runs.read_json(Path(f"docs/entries/{entry}.json"), "")  # type: ignore[no-any-return]
+
+
+def results(folder: str) -> dict[str, Any]:
+    return runs.read_json(Path(f"runs/{folder}/provenance.json"), "")["results"]  # type: ignore[no-any-return]
+
+
+def rows() -> dict[str, list[str]]:
+    """The cells of the table's rows, by their first."""
+    lines = Path("docs/labels.md").read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_each_entry_goes_through_what_it_needs_and_peers_beside(calls: list[Call]) -> None:
+    argv = ["base.yaml", "scratch.yaml", "--seeds", "2", "--peer", PEER]
+    compare(*argv)
+    stages = ("pretrain", "finetune")
+    assert calls == [
+        call
+        for s in (0, 1)
+        for call in (*((stage, f"base-s{s}") for stage in stages), ("finetune", f"scratch-s{s}"))
+    ]
+    assert Path("peers").read_text() == "01"  # the seeds that it was told
+    table = rows()
+    assert table["theirs"][:2] == ["2", "12.50 ± 0.00"]
+    tops = [results(f"base-s{s}/finetune-0")["val_top1"] for s in (0, 1)]
+    assert table["base"][:3] == ["2", f"{sum(tops) / 2:.2f} ± {abs(tops[0] - tops[1]) / 2:.2f}",
+                                 "control"]  # fmt: skip
+    assert float(table["theirs"][2]) == pytest.approx(12.5 / (sum(tops) / 2), abs=0.006)
+    found = record("base-s0")
+    assert found["minutes_of_pretraining"] == results("base-s0/pretrain")["minutes"] > 0
+    assert found["minutes_of_finetuning"] == results("base-s0/finetune-0")["minutes"] > 0
+    assert found["holdout_top1"] == results("base-s0/finetune-0")["holdout_top1"] is not None
+    assert "minutes_of_pretraining" not in record("scratch-s0")
+
+    # with the records alone nothing is run
+    text = Path("docs/labels.md").read_text()
+    shutil.rmtree("runs")
+    calls.clear()
+    compare(*argv)
+    assert not calls
+    assert Path("peers").read_text() == "01"
+    assert Path("docs/labels.md").read_text() == text
+
+
+def test_recipes_over_a_base_start_from_its_encoder(
+    calls: list[Call], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["plain.yaml", "pseudo.yaml", "--base", "base.yaml", "--seeds", "1"]
+    with pytest.raises(
+        InputError, match=r"`make pretrain RECIPE=base.yaml ARGS='--entry base'` makes it"
+    ):
+        compare(*argv)
+    for stage in ("pretrain", "embed"):
+        entrants.call(stage, ["--recipe", "base.yaml", "--entry", "base"])
+    weights = Path("runs/base/pretrain/encoder.safetensors")
+    before = weights.read_bytes()
+    calls.clear()
+    whole, stages = entrants.call, ["finetune", "pseudo_label", "finetune"]
+
+    def stopped(stage: str, words: list[str]) -> int:
+        done = [s for s, entry in calls if entry == "base-pseudo-s0"]
+        return 143 if done == stages[:2] else whole(stage, words)
+
+    monkeypatch.setattr(entrants, "call", stopped)
+    with pytest.raises(SystemExit):
+        compare(*argv)
+    assert calls == [
+        ("finetune", "base-plain-s0"),
+        *((stage, "base-pseudo-s0") for stage in stages[:2]),
+    ]
+    monkeypatch.setattr(entrants, "call", whole)
+    calls.clear()
+    compare(*argv)
+    assert calls == [(stage, "base-pseudo-s0") for stage in stages]
+    assert weights.read_bytes() == before
+    tuned = [results(f"base-pseudo-s0/finetune-{k}") for k in (0, 1)]
+    assert tuned[1]["labels"] > tuned[0]["labels"]  # the pseudo-labels
+    found = record("base-pseudo-s0")
+    assert found["val_top1"] == tuned[1]["val_top1"]
+    assert found["minutes_of_finetuning"] == tuned[0]["minutes"] + tuned[1]["minutes"]
+    folder = Path("runs/base-pseudo-s0")
+    assert runs.numbered(folder, "pseudo") == [folder / "pseudo-1.csv"]
+    assert set(rows()) == {"base-plain", "base-pseudo"}
+
+    # another encoder: what was recorded is of the old one
+    weights.write_bytes(before + b" ")
+    monkeypatch.setattr(entrants, "call", lambda stage, words: 1)
+    with pytest.raises(InputError, match=r"finetune of base-plain-s0 failed"):
+        compare(*argv)
+
+
+@pytest.mark.parametrize(
+    "command", ["false", "no-such-program", "echo noise", """echo '{"peer": "x"}'""", "echo 3"]
+)
+def test_a_peer_that_says_nothing_is_told_in_one_line(calls: list[Call], command: str) -> None:
+    with pytest.raises(InputError, match=r"^--peer: .* with peer and finetuned is expected$"):
+        compare("scratch.yaml", "--seeds", "1", "--peer", command)
+    assert not list(Path("docs/entries").glob("peer-*"))
+    assert record("scratch-s0")  # what was finished is kept
