@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pipeline import InputError, config
+from pipeline import InputError, config, pretraining
 from pipeline.assignments import assignment_entropy
 from pipeline.collapse import (
     CAUSES,
@@ -160,7 +160,7 @@ def test_a_run_that_learns_nothing_is_stopped(
     tiny_contest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By its kNN accuracy, which is that of the untrained encoder all along."""
-    monkeypatch.setattr(pretrain, "knn_accuracy", lambda *_: 10.0)
+    monkeypatch.setattr(pretraining, "knn_accuracy", lambda *_: 10.0)
     with pytest.raises(InputError, match=r"kNN is 10\.00 % after 100% of the run, untrained"):
         run("--pretrain.steps=100", "--pretrain.knn_evals=2", "--entry=same")
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import InputError, config
+from pipeline import InputError, config, pretraining
 from pipeline.checkpoint import load_torch
 from pipeline.plan import Plan, plan_steps
 from pipeline.runs import read_json
@@ -239,7 +239,7 @@ def test_another_recipe_keeps_the_old_checkpoint(
 
 def test_knn_on_the_way_is_by_cosine(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(pretrain, "knn_accuracy", lambda *x: seen.append(x) or 50.0)
+    monkeypatch.setattr(pretraining, "knn_accuracy", lambda *x: seen.append(x) or 50.0)
     options = ["--pretrain.steps=2", "--pretrain.batch_size=12", "--pretrain.knn_evals=1"]
     recipe, _, plain = config.parse("", argv=[*TINY, *options])
     pretrain.run(recipe, plain)
