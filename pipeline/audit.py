@@ -1,5 +1,6 @@
 """What looks wrong with a contest's images: near-duplicates, and labels that their images deny."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from cleanlab.filter import find_label_issues
 from scipy.special import softmax
 from sklearn.model_selection import StratifiedKFold
 
+from pipeline import InputError
 from pipeline.metrics import fit_linear
 from pipeline.neighbours import graph, search
 from pipeline.packed import Pool
@@ -96,15 +98,22 @@ def doubtful_labels(x: Floats, labels: Ints, classes: int, c: float, seed: int) 
     1911.00068, by cleanlab, pruned by class and by noise rate) with probabilities of five-fold
     cross-validated logistic regressions, ranked by these and by what the nearest labeled images
     say.
+
+    Raises InputError where no class has two labels.
     """
+    most = int(np.bincount(labels, minlength=1).max())
+    if most < 2:
+        raise InputError("audit: no class of train has two labels; two or more are expected")
     probabilities = np.zeros((len(x), classes), np.float32)
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    for learned, asked in folds.split(x, labels):
-        weight, bias = fit_linear(x[learned], labels[learned], classes, c)
-        probabilities[asked] = softmax(x[asked] @ weight.T + bias, axis=1)
-    seen, codes = np.unique(labels, return_inverse=True)
-    p = probabilities[:, seen] / probabilities[:, seen].sum(1, keepdims=True)
-    rows = np.flatnonzero(find_label_issues(codes, p, filter_by="both", n_jobs=1))
+    folds = StratifiedKFold(min(5, most), shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of classes with few labels
+        for learned, asked in folds.split(x, labels):
+            weight, bias = fit_linear(x[learned], labels[learned], classes, c)
+            probabilities[asked] = softmax(x[asked] @ weight.T + bias, axis=1)
+        seen, codes = np.unique(labels, return_inverse=True)
+        p = probabilities[:, seen] / probabilities[:, seen].sum(1, keepdims=True)
+        rows = np.flatnonzero(find_label_issues(codes, p, filter_by="both", n_jobs=1))
     near = search(x[rows], x, _VOTES + 1)[1]
     itself = near == rows[:, None]
     same = (labels[near] == labels[rows, None]) & ~itself

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import InputError, runs
+from pipeline.draws import learned_labels
 from pipeline.manifest import Contest
 from pipeline.metrics import knn_accuracy
 
@@ -35,7 +36,7 @@ def outcome(entry: str, contest: Contest) -> dict[str, Any]:
         "linear": scores["linear"]["1"],
         "finetuned": results["val_top1"],
         "finetuned_top5": results["val_top5"],
-        "knn_on_train": _knn_on_train(contest, folder / "embeddings" / "train.npy"),
+        "knn_on_train": _knn_on_train(contest, folder),
         **{key: own[key] for key in ("images_seen", "steps", "minutes", "peak_memory_mib")},
         **{key: pretrained[key] for key in ("commit", "versions")},
     }
@@ -54,11 +55,17 @@ def entry_outcome(folder: Path, pretrained: bool) -> dict[str, Any]:
     return found | {key: tuned[-1][key] for key in ("commit", "versions")}
 
 
-def _knn_on_train(contest: Contest, file: Path) -> float:
-    """kNN accuracy in percent of one half of train on the other, by the embeddings in `file`."""
-    train = contest.manifest("train").usable()
+def _knn_on_train(contest: Contest, entry: Path) -> float:
+    """kNN accuracy in percent of one half of train on the other, by an entry's embeddings; with
+    supervision of the labels that pretraining did not learn, on those that it did.
+    """
+    train, learned = contest.manifest("train").usable(), learned_labels(entry)
     train = train.take(np.random.default_rng(0).permutation(np.flatnonzero(train.label >= 0)))
-    x, half = np.load(runs.require(file, "make embed"))[train.index], len(train) // 2
+    half = len(train) // 2
+    if len(learned):
+        known = train.among(learned)
+        train, half = train.take(np.argsort(~known, kind="stable")), int(known.sum())
+    x = np.load(runs.require(entry / "embeddings" / "train.npy", "make embed"))[train.index]
     return knn_accuracy(x[:half], train.label[:half], x[half:], train.label[half:], K)
 
 

@@ -14,12 +14,30 @@ class Consistency(nn.Module):
 
     ratio: int
     """Unlabeled images in a step for each labeled one."""
+    aligned: bool
+    """Whether the weak views' probabilities are multiplied by the labels' frequency of a class over
+    the classifier's own running one (distribution alignment, arXiv 1911.09785, section 3.1).
+    """
+    momentum: float
+    """Of running means."""
+    prior: Tensor
+    model: Tensor
     used: Tensor
     """Part of the newest unlabeled images that were sure enough to learn from."""
 
     def begin(self, prior: Tensor) -> None:
         """Called once before training, with the frequencies [classes] of the labels."""
-        raise NotImplementedError
+        self.register_buffer("prior", prior)
+        self.register_buffer("model", prior.clone())
+        self.register_buffer("used", torch.zeros(()))
+
+    def probabilities(self, weak: Tensor) -> Tensor:
+        """Of logits [u, classes] of weak views, aligned where it is asked for; no gradient."""
+        p = weak.detach().softmax(1)
+        if self.aligned:
+            self.model.lerp_(gather(p).mean(0), 1 - self.momentum)
+            p = _normalized(p * self.prior / self.model.clamp_min(1e-6))
+        return p
 
     def forward(self, weak: Tensor, strong: Tensor) -> Tensor:
         """The loss of logits [u, classes] of a weak and a strong view of the same images."""
@@ -27,9 +45,6 @@ class Consistency(nn.Module):
 
 
 class FixMatch(Consistency):
-    model: Tensor
-    prior: Tensor
-
     def __init__(
         self,
         threshold: float = 0.95,
@@ -45,9 +60,7 @@ class FixMatch(Consistency):
             threshold: the lowest probability that is sure.
             ratio: unlabeled images in a step for each labeled one.
             weight: of this loss beside that of the labels.
-            aligned: probabilities are multiplied by the labels' frequency of a class over the
-                classifier's own running one (distribution alignment, arXiv 1911.09785, section
-                3.1).
+            aligned: distribution alignment: the labels' frequencies are those of the guesses.
             momentum: of the running mean.
         """
         super().__init__()
@@ -55,25 +68,15 @@ class FixMatch(Consistency):
         self.threshold, self.ratio, self.weight = threshold, ratio, weight
         self.aligned, self.momentum = aligned, momentum
 
-    def begin(self, prior: Tensor) -> None:
-        self.register_buffer("prior", prior)
-        self.register_buffer("model", prior.clone())
-        self.register_buffer("used", torch.zeros(()))
-
     def forward(self, weak: Tensor, strong: Tensor) -> Tensor:
-        p = weak.detach().softmax(1)
-        if self.aligned:
-            self.model.lerp_(gather(p).mean(0), 1 - self.momentum)
-            p = p * self.prior / self.model.clamp_min(1e-6)
-            p = p / p.sum(1, keepdim=True)
-        sure, label = p.max(1)
+        sure, label = self.probabilities(weak).max(1)
         mask = (sure >= self.threshold).to(strong.dtype)
         self.used.copy_(mask.mean())
         return self.weight * (F.cross_entropy(strong, label, reduction="none") * mask).mean()
 
 
 class FreeMatch(Consistency):
-    model: Tensor
+    mean: Tensor
     histogram: Tensor
     level: Tensor
 
@@ -82,6 +85,7 @@ class FreeMatch(Consistency):
         ratio: int = 7,
         weight: float = 1.0,
         fairness: float = 0.01,
+        aligned: bool = False,
         momentum: float = 0.999,
     ) -> None:
         """FixMatch with a bar for each class that follows how sure the classifier is (FreeMatch,
@@ -92,27 +96,29 @@ class FreeMatch(Consistency):
             weight: of the cross entropy beside that of the labels.
             fairness: weight of the self-adaptive fairness, which spreads predictions over the
                 classes.
+            aligned: distribution alignment beside it, which the paper does without.
             momentum: of the running means.
         """
         super().__init__()
         _check("FreeMatch", ratio=ratio, weight=weight, momentum=momentum, fairness=fairness)
-        self.ratio, self.weight, self.fairness, self.momentum = ratio, weight, fairness, momentum
+        self.ratio, self.weight, self.fairness = ratio, weight, fairness
+        self.aligned, self.momentum = aligned, momentum
 
     def begin(self, prior: Tensor) -> None:
+        super().begin(prior)
         uniform = torch.full_like(prior, 1 / len(prior))
-        self.register_buffer("model", uniform)
+        self.register_buffer("mean", uniform)
         self.register_buffer("histogram", uniform.clone())
         self.register_buffer("level", uniform[0].clone())
-        self.register_buffer("used", torch.zeros(()))
 
     def forward(self, weak: Tensor, strong: Tensor) -> Tensor:
-        p = weak.detach().softmax(1)
+        p = self.probabilities(weak)
         everywhere, new = gather(p), 1 - self.momentum
         self.level.lerp_(everywhere.amax(1).mean(), new)
-        self.model.lerp_(everywhere.mean(0), new)
+        self.mean.lerp_(everywhere.mean(0), new)
         self.histogram.lerp_(_histogram(everywhere.argmax(1), p.shape[1]), new)
         sure, label = p.max(1)
-        bars = self.level * self.model / self.model.max()  # equation 8
+        bars = self.level * self.mean / self.mean.max()  # equation 8
         mask = (sure >= bars[label]).to(strong.dtype)
         self.used.copy_(mask.mean())
         loss = self.weight * (F.cross_entropy(strong, label, reduction="none") * mask).mean()
@@ -121,7 +127,7 @@ class FreeMatch(Consistency):
         q, count = strong.softmax(1), mask.sum().clamp_min(1)
         mean = (q * mask[:, None]).sum(0) / count
         own = (F.one_hot(q.argmax(1), q.shape[1]) * mask[:, None]).sum(0) / count
-        target = _normalized(self.model / self.histogram.clamp_min(1e-6))
+        target = _normalized(self.mean / self.histogram.clamp_min(1e-6))
         found = _normalized(torch.where(own > 0, mean / own.clamp_min(1e-6), 0))
         fair = (target * (found + 1e-12).log()).sum() * (mask.sum() > 0)
         return loss + self.fairness * fair
@@ -159,7 +165,7 @@ def _histogram(labels: Tensor, classes: int) -> Tensor:
 
 
 def _normalized(x: Tensor) -> Tensor:
-    return x / x.sum().clamp_min(1e-12)
+    return x / x.sum(-1, keepdim=True).clamp_min(1e-12)
 
 
 def _check(name: str, ratio: int, weight: float, momentum: float, **further: float) -> None:

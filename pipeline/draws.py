@@ -1,7 +1,13 @@
-"""Which labeled images are used and which are held out: draws by class and seed."""
+"""Which labeled images are used and which are held out: draws by class."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline import InputError
+from pipeline.manifest import Manifest, read_manifest
 
 Integers = npt.NDArray[np.int64]
 
@@ -14,7 +20,7 @@ def choose_labels(
     They are drawn by seed, all of a class that has fewer.  A smaller draw with the same seed is
     part of a larger one.  Unknown labels (-1) are never drawn.
     """
-    rank, count = _ranks(labels, seed)
+    rank, count = _ranks(labels, np.random.default_rng(seed).random(len(labels)))
     if per_class is not None:
         want = np.full(len(labels), per_class)
     else:
@@ -22,15 +28,17 @@ def choose_labels(
     return np.flatnonzero((rank < want) & (labels >= 0))
 
 
-def hold_out(labels: Integers, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which images [n] to hold out: a fraction of each class, drawn by seed.
+def hold_out(labels: Integers, index: Integers, fraction: float) -> npt.NDArray[np.bool_]:
+    """Which images [n] to hold out: a fraction of each class, in an order that the numbers `index`
+    [n] of the images decide once for all.
 
-    A class of two or more gives at least one, where the fraction is above 0, and keeps at least
-    one.  Unknown labels (-1) are never held out.
+    So the stages, rounds and entries of a contest, whatever their seeds, hold out the same images,
+    and a smaller fraction is part of a larger one.  A class of two or more gives at least one,
+    where the fraction is above 0, and keeps at least one.  Unknown labels (-1) are never held out.
     """
-    if fraction <= 0:
+    if fraction <= 0 or not len(labels):
         return np.zeros(len(labels), np.bool_)
-    rank, count = _ranks(labels, [seed, 1])
+    rank, count = _ranks(labels, np.random.default_rng(1).random(index.max() + 1)[index])
     want = np.clip(np.rint(fraction * count), 1, np.maximum(count - 1, 0))
     want[count < 2] = 0
     return np.asarray((rank < want) & (labels >= 0))
@@ -44,9 +52,47 @@ def balanced(labels: Integers) -> Integers:
     return np.sort(order[start[:, None] + turns], axis=None)
 
 
-def _ranks(labels: Integers, seed: int | list[int]) -> tuple[Integers, Integers]:
-    """Each image's place [n] in a random order of its class, and its class's size [n]."""
-    keys = np.random.default_rng(seed).random(len(labels))
+def learned_labels(entry: Path) -> Manifest:
+    """Images whose labels the pretraining of runs/ENTRY learned from; none without supervision."""
+    file = entry / "pretrain" / "trained_on.csv"
+    return read_manifest(file) if file.is_file() else Manifest.of("", [])
+
+
+def training_set(
+    files: Sequence[Path],
+    fraction: float,
+    per_class: int | None,
+    holdout: float,
+    seed: int,
+    learned: Manifest | None = None,
+) -> tuple[Manifest, Manifest]:
+    """What to train on and what is held out of it, from label manifests.
+
+    The draw by `fraction` or `per_class` and the held-out share are of the first file, so that
+    every round holds out the same images; none of those that the encoder `learned` with their
+    labels is held out.  Where an image comes in several files, the first counts.
+    Raises InputError where no labeled image is left.
+    """
+    parts, seen = list[Manifest](), Manifest.of("", [])
+    for file in files:
+        part = read_manifest(file).usable()
+        parts.append(part.take(~part.among(seen) & (part.label >= 0)))
+        seen = Manifest.concatenate([seen, part])
+    if not sum(map(len, parts)):
+        raise InputError(f"no labeled image in {', '.join(map(str, files)) or 'no manifest'}")
+    first = parts[0].take(choose_labels(parts[0].label, fraction, per_class, seed))
+    held = hold_out(first.label, first.index, holdout)
+    if learned is not None:
+        held &= ~first.among(learned)
+    train = Manifest.concatenate([first.take(~held), *parts[1:]])
+    train = train.take(np.argsort(train.split, kind="stable"))  # one packed file after the other
+    if not len(train):
+        raise InputError("no labeled image is left to train on; a larger fraction is expected")
+    return train, first.take(held)
+
+
+def _ranks(labels: Integers, keys: npt.NDArray[np.float64]) -> tuple[Integers, Integers]:
+    """Each image's place [n] in its class by its key, and its class's size [n]."""
     order = np.lexsort((keys, labels))
     _, start, inverse, count = np.unique(
         labels[order], return_index=True, return_inverse=True, return_counts=True

@@ -48,10 +48,7 @@ def held_by_all(folders: list[Path]) -> Manifest:
     """The labels that every one of the fine-tunings held out."""
     held = read_manifest(folders[0] / "holdout.csv")
     for folder in folders[1:]:
-        other = read_manifest(folder / "holdout.csv")
-        pairs = {*zip(other.split.tolist(), other.index.tolist(), strict=True)}
-        own = zip(held.split.tolist(), held.index.tolist(), strict=True)
-        held = held.take(np.array([pair in pairs for pair in own], np.bool_))
+        held = held.take(held.among(read_manifest(folder / "holdout.csv")))
     return held
 
 

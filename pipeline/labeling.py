@@ -1,6 +1,7 @@
 """A round of pseudo-labels: what it starts from, how right it is, and all rounds in a table."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from pipeline.pseudo_labels import Evidence, Predictor
 from pipeline.selection import eligible
 
 
-def labeled_images(contest: Contest, held: Manifest) -> Manifest:
-    """Images whose labels are known and may be learned from: train and what was requested, without
-    what is `held` out.
+def labeled_images(latest: Path, newer: Sequence[Path] = ()) -> Manifest:
+    """Images whose labels are known and may be learned from: what the fine-tuning in `latest` was
+    trained on, but for pseudo-labels, and the label files `newer` than it.
     """
-    files = [contest.folder / "train.csv", *runs.numbered(contest.folder, "requested")]
-    known = Manifest.concatenate([read_manifest(file).usable() for file in files])
-    known = known.take(known.label >= 0)
-    out = {*zip(held.split.tolist(), held.index.tolist(), strict=True)}
-    pairs = zip(known.split.tolist(), known.index.tolist(), strict=True)
-    return known.take(np.array([pair not in out for pair in pairs], np.bool_))
+    known = read_manifest(runs.require(latest / "trained_on.csv", "make finetune"))
+    by_a_classifier = [Path(source).name.startswith("finetune-") for source in known.source]
+    known = known.take(~np.array(by_a_classifier, np.bool_))
+    held = read_manifest(runs.require(latest / "holdout.csv", "make finetune"))
+    for part in map(read_manifest, newer):
+        new = ~part.among(known) & ~part.among(held) & (part.label >= 0)
+        known = Manifest.concatenate([known, part.take(new)])
+    return known
 
 
 def unlabeled_images(contest: Contest, known: Manifest) -> Manifest:
@@ -56,10 +59,12 @@ def evidence_of(
     latest: Path,
     images: Manifest,
     apart: Manifest,
+    known: Manifest,
     predictor: Predictor,
 ) -> tuple[Evidence, float | None]:
-    """What a predictor may look at for `images` and those `apart`, one after the other; and the
-    temperature by which the logits were divided, fitted on held-out labels, None without any.
+    """What a predictor may look at for `images` and those `apart`, one after the other, with the
+    labels of those `known`; and the temperature by which the logits were divided, fitted on
+    held-out labels, None without any.
     """
     both = Manifest.concatenate([images, apart])
     logits = rows_of(latest / "logits", both, contest.classes, "make finetune")
@@ -69,7 +74,6 @@ def evidence_of(
             rows_of(latest / "logits", held, contest.classes, "make finetune"), held.label
         )
         logits /= temperature
-    known = labeled_images(contest, held)
     if not predictor.uses_embeddings:
         none = np.empty((0, 0), np.float32)
         return Evidence(logits, none, none, known.label[:0]), temperature
@@ -118,7 +122,8 @@ def in_words(found: dict[str, Any], what: str) -> str:
 def write_rounds(entry: Path) -> None:
     """Write pseudo-rounds.csv and .png of the records pseudo-K.json in `entry`."""
     files = [f.with_suffix(".json") for f in runs.numbered(entry, "pseudo")]
-    rounds = [runs.read_json(f, "make pseudo-label") for f in files if f.is_file()]
+    files = [f for f in files if f.is_file()]
+    rounds = [runs.read_json(f, "make pseudo-label") for f in files]
     columns = ["round", "classifier", "labeled", "coverage", "precision", "precision_error"]
     columns += ["true_precision", "changed", "temperature"]
     with runs.replacing(entry / "pseudo-rounds.csv") as aside, aside.open("w", newline="") as f:

@@ -2,13 +2,14 @@
 
 import platform
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from pipeline.views import matmul_dtype
 
@@ -21,15 +22,17 @@ def make_accelerator(precision: str, folder: Path) -> Accelerator:
     cpu = None if torch.accelerator.is_available() else True  # then ranks are found, by gloo
     # ranks agree on every buffer without it: statistics are reduced, queues take what all gather
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    # while one process propagates labels or fits a probe, the others wait
+    patient = InitProcessGroupKwargs(timeout=timedelta(hours=3))
     common: Any = {"cpu": cpu, "log_with": "tensorboard", "project_dir": folder}
-    accelerator = Accelerator(**common, kwargs_handlers=[ddp])
+    accelerator = Accelerator(**common, kwargs_handlers=[ddp, patient])
     if precision == "auto":
         fast = matmul_dtype(accelerator.device) == torch.bfloat16
         precision = "bf16" if fast else "no"
     if precision == accelerator.mixed_precision:
         return accelerator
     AcceleratorState._reset_state()
-    return Accelerator(**common, kwargs_handlers=[ddp], mixed_precision=precision)
+    return Accelerator(**common, kwargs_handlers=[ddp, patient], mixed_precision=precision)
 
 
 def processor() -> str:

@@ -11,8 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import InputError
-from pipeline.draws import choose_labels as choose_labels
-from pipeline.draws import hold_out as hold_out
 from pipeline.packed import Pool, open_packed
 from pipeline.runs import (
     contest_folder,
@@ -95,6 +93,12 @@ class Manifest:
     def concatenate(cls, parts: Sequence["Manifest"]) -> "Manifest":
         """The rows of all parts, one after the other."""
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def among(self, others: "Manifest") -> npt.NDArray[np.bool_]:
+        """Which of the images [n] are in another manifest, too."""
+        there = {*zip(others.split.tolist(), others.index.tolist(), strict=True)}
+        keys = zip(self.split.tolist(), self.index.tolist(), strict=True)
+        return np.array([key in there for key in keys], np.bool_)
 
     def usable(self) -> "Manifest":
         """The images that were neither skipped nor excluded."""
@@ -258,30 +262,3 @@ def load_contest(name: str) -> Contest:
     packed_from = made_from_file(name)
     root = json.loads(packed_from.read_text())["asked"]["root"] if packed_from.is_file() else "ROOT"
     return Contest(name=name, root=Path(root), size=tuple(values.pop("size")), **values)
-
-
-def training_set(
-    files: Sequence[Path], fraction: float, per_class: int | None, holdout: float, seed: int
-) -> tuple[Manifest, Manifest]:
-    """What to train on and what is held out of it, from label manifests.
-
-    The draw by `fraction` or `per_class` and the held-out share are of the first file, so that
-    every round holds out the same images.  Where an image comes in several files, the first counts.
-    Raises InputError where no labeled image is left.
-    """
-    parts, seen = [], set[tuple[str, int]]()
-    for file in files:
-        part = read_manifest(file).usable()
-        keys = list(zip(part.split.tolist(), part.index.tolist(), strict=True))
-        new = np.array([k not in seen for k in keys], np.bool_)
-        parts.append(part.take(new & (part.label >= 0)))
-        seen.update(keys)
-    if not sum(map(len, parts)):
-        raise InputError(f"no labeled image in {', '.join(map(str, files)) or 'no manifest'}")
-    first = parts[0].take(choose_labels(parts[0].label, fraction, per_class, seed))
-    held = hold_out(first.label, holdout, seed)
-    train = Manifest.concatenate([first.take(~held), *parts[1:]])
-    train = train.take(np.argsort(train.split, kind="stable"))  # one packed file after the other
-    if not len(train):
-        raise InputError("no labeled image is left to train on; a larger fraction is expected")
-    return train, first.take(held)

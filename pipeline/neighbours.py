@@ -64,6 +64,8 @@ def graph(x: Floats, k: int, probes: int = _PROBES) -> tuple[Floats, Ints]:
     own; `make bench NAME=selection` prints the recall.
     """
     n, k = len(x), min(k, max(len(x) - 1, 0))
+    if not k:
+        return np.empty((n, 0), np.float32), np.empty((n, 0), np.int64)
     if _gpus() or n * n <= _PAIRS:
         return _without_itself(*search(x, x, k + 1), np.arange(n))
     x = _plain(x)

@@ -11,10 +11,11 @@ from accelerate import Accelerator
 from pipeline import InputError, runs
 from pipeline.batch_norm import synchronize_batch_norm
 from pipeline.collapse import judge, judge_views
+from pipeline.draws import choose_labels
 from pipeline.encoders import features
 from pipeline.feed import Feed
 from pipeline.inference import check_size, encoder_for, predict
-from pipeline.manifest import Contest, choose_labels
+from pipeline.manifest import Contest
 from pipeline.methods.base import Method
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
@@ -113,7 +114,8 @@ def _stop_or_say(on_collapse: str, wrong: str | None) -> None:
 
 def _knn(recipe: "Recipe", contest: Contest, method: Method) -> Any:
     """kNN accuracy (k = 20, cosine, majority) of half of some labeled training images on the other
-    half; with supervision of those whose labels it does not use, on the others.
+    half; with supervision of those whose labels it does not use, on the others; None where either
+    is empty.
     """
     c, labels, encoder = recipe.pretrain, contest.labels("train"), method.encoder
     known = contest.usable("train")
@@ -123,10 +125,10 @@ def _knn(recipe: "Recipe", contest: Contest, method: Method) -> Any:
     rows = np.random.default_rng(recipe.seed).permutation(rows)
     half = len(rows) // 2
     if isinstance(method.supervision, SupervisedContrast):
-        usable = contest.usable("train")
-        unused = usable[method.supervision.used(labels[usable], recipe.seed) < 0]
-        held = np.isin(rows, unused)
-        rows, half = np.concatenate([rows[~held], rows[held]]), int((~held).sum())
+        learned = np.isin(rows, method.supervision.learned(contest).index)
+        rows, half = np.concatenate([rows[learned], rows[~learned]]), int(learned.sum())
+    if not 0 < half < len(rows):
+        return None
     pool = Pool([(contest.packed("train"), rows)])
 
     def evaluate() -> dict[str, float]:

@@ -61,7 +61,8 @@ class Threshold(PseudoLabeler):
             confidence: the lowest that is taken.
             flexible: the bar of a class is lower the fewer images of it reach the common one,
                 counted over those of the class that most do, x / (2 - x) of it (FlexMatch, arXiv
-                2110.08263, sections 3.1 and 3.3).
+                2110.08263, sections 3.1 and 3.3), but not below half: here it does not rise while
+                a classifier learns.
         """
         if not 0 <= confidence <= 1:
             raise InputError(f"Threshold: confidence is {confidence}; from 0 to 1 is expected")
@@ -73,7 +74,7 @@ class Threshold(PseudoLabeler):
             return np.flatnonzero(sure)
         counts = np.bincount(labels[sure], minlength=labels.max() + 1)
         learned = counts / counts.max()
-        bars = self.confidence * learned / (2 - learned)
+        bars = self.confidence * np.maximum(learned / (2 - learned), 0.5)
         return np.flatnonzero(confidences >= bars[labels])
 
 
@@ -110,9 +111,10 @@ def apply(
     among the others, whether it labels them correctly.
     """
     labels, confidences = predictor(evidence)
-    n = len(labels) - len(truth)
-    rows = labeler(labels[:n], confidences[:n])
-    tried = labeler(labels, confidences)
+    n, known = len(labels) - len(truth), np.flatnonzero(confidences > 0)  # else nobody can tell
+    first = known[known < n]
+    rows = first[labeler(labels[first], confidences[first])]
+    tried = known[labeler(labels[known], confidences[known])]
     tried = tried[tried >= n]
     right = labels[tried] == truth[tried - n]
     return rows, labels[rows], confidences[rows], labels[:n], right

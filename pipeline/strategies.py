@@ -6,7 +6,7 @@ import numpy.typing as npt
 from pipeline import InputError
 from pipeline.coverage import facility_location, farthest_first
 from pipeline.neighbours import kmeans, nearest_distinct, place_in_group
-from pipeline.selection import Candidates, Floats, Ints, Strategy
+from pipeline.selection import NEIGHBORS, Candidates, Floats, Ints, Strategy
 
 Picks = tuple[Ints, Ints | None]
 _FEW = 5  # images of a cluster with fewer are no typical ones (arXiv 2202.02794, appendix F)
@@ -68,6 +68,10 @@ class Typicality(Strategy):
             iterations: of k-means.
         """
         _check_least("Typicality", neighbors=neighbors, iterations=iterations)
+        if neighbors > NEIGHBORS:
+            raise InputError(
+                f"Typicality: neighbors is {neighbors}; up to {NEIGHBORS} are expected"
+            )
         self.neighbors, self.iterations = neighbors, iterations
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Picks:
@@ -102,8 +106,9 @@ class ProbCover(Strategy):
         (ProbCover, arXiv 2205.11603, algorithm 1); labeled images have balls too.
 
         A ball ends where images of another k-means cluster (as many as classes) begin, for a part
-        `purity` of the images, and holds the nearest 50 at most (their section 3.3).  When every
-        image is covered, they are covered again from the start.
+        `purity` of the images (their section 3.3), and at the cosine of the 50th neighbor (the
+        median of all) at the latest.  When every image is covered, they are covered again from the
+        start.
 
         Args:
             purity: part of the images whose ball has no image of another cluster.
@@ -120,6 +125,7 @@ class ProbCover(Strategy):
         _, cluster = kmeans(candidates.x, count, self.iterations, seed)
         other = np.where(cluster[near] != cluster[:, None], similarities, -1)
         ball = float(np.quantile(other.max(1, initial=-1), self.purity))
+        ball = max(ball, float(np.median(similarities[:, -1])) if near.size else 0.0)
         inside = (similarities > ball).astype(np.float32)
         covered = (candidates.known > ball).astype(np.float32)
         weights = np.ones_like(covered)

@@ -4,7 +4,7 @@ import csv
 import inspect
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -191,12 +191,17 @@ def write_predictions(folder: Path, choice: Choice, contest: Contest, split: str
     return len(labels) - len(contest.usable(split))
 
 
-def label_counts(finetune: Path) -> dict[str, int]:
-    """How many labels of each split and source were trained on, and how many held out."""
-    labels = read_manifest(finetune / "trained_on.csv")
-    names = map(" ".join, zip(labels.split, labels.source, strict=True))
-    held = len(read_manifest(finetune / "holdout.csv"))
-    return {**Counter(name.strip() for name in names), "held out": held}
+def label_counts(members: Sequence[Path]) -> dict[str, int]:
+    """How many labels of each split and source were trained on, and how many held out, at most by
+    one of the `members`.
+    """
+    counts = Counter[str]()
+    for member in members:
+        labels = read_manifest(member / "trained_on.csv")
+        names = map(" ".join, zip(labels.split, labels.source, strict=True))
+        held = len(read_manifest(member / "holdout.csv"))
+        counts |= Counter(map(str.strip, names)) | Counter({"held out": held})
+    return dict(counts) | {"held out": counts["held out"]}
 
 
 def notes(

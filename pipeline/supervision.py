@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pipeline import InputError
 from pipeline.batches import batch_at
 from pipeline.draws import hold_out
-from pipeline.manifest import Contest
+from pipeline.manifest import Contest, Manifest
 from pipeline.methods.base import Method
 
 if TYPE_CHECKING:
@@ -59,9 +59,10 @@ class SupervisedContrast(nn.Module):
         """Called once before training; `width` is that of the projections."""
         self.prototypes = nn.Parameter(F.normalize(torch.randn(classes, width), dim=1))
 
-    def used(self, labels: Ints, seed: int) -> Ints:
-        """The labels [n] that are learned from, -1 for the others."""
-        return np.where(hold_out(labels, self.held, seed), -1, labels)
+    def learned(self, contest: Contest) -> Manifest:
+        """The images of train whose labels are learned from."""
+        train = contest.manifest("train").usable()
+        return train.take(~hold_out(train.label, train.index, self.held) & (train.label >= 0))
 
     def forward(self, projections: Tensor, labels: Tensor) -> Tensor:
         """The loss of projections [v, b, d] of a global batch with labels [b], -1 unknown, as a
@@ -104,7 +105,8 @@ def join(
     for split in config.splits:
         usable = contest.usable(split)
         if split == "train":
-            parts.append(supervision.used(contest.labels(split)[usable], seed))
+            learned = np.isin(usable, supervision.learned(contest).index)
+            parts.append(np.where(learned, contest.labels(split)[usable], -1))
         else:
             parts.append(np.full(len(usable), -1))
     labels, batch = np.concatenate(parts), config.batch_size

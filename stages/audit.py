@@ -42,6 +42,10 @@ def run(recipe: Recipe, cosine: float = 0.98, write_clean: bool = False) -> None
     folder, out = runs.finished(entry / "embeddings", "make embed"), entry / "audit"
     splits = [split for split in contest.splits if (folder / f"{split}.npy").is_file()]
     images = Manifest.concatenate([contest.manifest(split).usable() for split in splits])
+    inputs = [contest.folder / "contest.json", *(folder / f"{split}.npy" for split in splits)]
+    decided = {"cosine": cosine, "linear_c": recipe.evaluate.linear_c}
+    facts = runs.Run.of(out, {"seed": recipe.seed, "audit": decided}, ["audit"], inputs)
+    facts.begin()
     width = np.load(folder / "train.npy", mmap_mode="r").shape[1]
     x = rows_of(folder, images, width, "make embed")
     runs.say(f"comparing {len(images):,} images of {', '.join(splits)} …")
@@ -61,7 +65,8 @@ def run(recipe: Recipe, cosine: float = 0.98, write_clean: bool = False) -> None
     said = ", ".join(f"{n:,} in {where}" for where, n in found.items()) or "none"
     image_rows(out / "duplicates.png", rows, f"Pairs that look the same: {said}")
     runs.say(f"pairs that look the same: {said}")
-    _labels(recipe, contest, images, x, out, pixels, write_clean)
+    doubtful = _labels(recipe, contest, images, x, out, pixels, write_clean)
+    facts.finish(pairs=found, doubtful_labels=doubtful)
     runs.say(f"wrote {out}; nothing was changed")
 
 
@@ -73,8 +78,8 @@ def _labels(
     out: Path,
     pixels: dict[str, Any],
     write_clean: bool,
-) -> None:
-    """The doubtful labels of train, as a table and a picture."""
+) -> int:
+    """The doubtful labels of train, as a table and a picture; how many they are."""
     of_train = (images.split == "train") & (images.label >= 0)
     train, x = images.take(of_train), x[of_train]
     c, names = recipe.evaluate.linear_c, contest.class_names
@@ -99,6 +104,7 @@ def _labels(
         kept = np.setdiff1d(np.arange(len(train)), doubts.rows)
         write_manifest(out / "clean.csv", train.take(kept))
         runs.say(f"wrote {out / 'clean.csv'}: name it in finetune.manifests to train on it")
+    return len(wrong)
 
 
 def _named(labels: Any, names: Sequence[str] | None) -> list[str]:

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import InputError, comparison, entrants, runs
+from pipeline import InputError, comparison, config, entrants, runs
 from pipeline.entrants import Entrant
 from pipeline.machine import processor
 
@@ -34,11 +34,19 @@ def read(file: Path, base: Path | None, encoder: str | None, records: Path) -> E
     """The recipe in `file`, over that of `base`, from the encoder of an entry, where there are."""
     name = f"{base.stem}-{file.stem}" if base else file.stem
     words = [word for f in (base, file) if f for word in ("--recipe", str(f))]
+    recipe, _, _ = config.parse("", argv=words)
+    # labels that other entries of the contest asked for are no part of the comparison
+    named = [m for m in recipe.finetune.manifests if m != "requested"]
+    words += ["--finetune.manifests", f"[{', '.join(named)}]"]
+    files = [Path(m) for m in named if m not in ("train", "pseudo")]
+    if missing := next((f for f in files if not f.is_file()), None):
+        raise InputError(f"{file}: {missing} is among finetune.manifests, but is not there")
     if encoder is None:
-        return Entrant.read(name, words, ("encoder", "pretrain", *AFTER), records)
+        return Entrant.read(name, words, ("encoder", "pretrain", *AFTER), records, files)
     weights = runs.entry_folder(encoder) / "pretrain" / "encoder.safetensors"
     made_by = f"make pretrain RECIPE={base or file} ARGS='--entry {encoder}'"
-    return Entrant.read(name, words, ("encoder", *AFTER), records, [runs.require(weights, made_by)])
+    files.append(runs.require(weights, made_by))
+    return Entrant.read(name, words, ("encoder", *AFTER), records, files)
 
 
 def pseudo(entrant: Entrant) -> bool:
@@ -71,12 +79,11 @@ def run_one(encoder: str | None, entrant: Entrant, seed: int) -> None:
         entrant.call("pretrain", seed)
         if embeds:
             entrant.call("embed", seed)
-    if pseudo(entrant):
-        forget_rounds(folder)
+    forget_rounds(folder)
     for stage in ["finetune", *(["pseudo_label", "finetune"] if pseudo(entrant) else [])]:
         entrant.call(stage, seed)
     found = comparison.entry_outcome(folder, encoder is None)
-    entrant.keep(seed, {"recipe": entrant.words[-1], "seed": seed} | found)
+    entrant.keep(seed, {"entry": entrant.entry(seed), "seed": seed} | found)
 
 
 def run_peer(command: str, seed: int, file: Path) -> None:

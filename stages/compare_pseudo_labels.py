@@ -1,6 +1,6 @@
 """Compare who predicts pseudo-labels on a rehearsal: precision at equal coverage, by true labels.
 
-python -m stages.compare_pseudo_labels --recipe recipes/mini98_requests.yaml
+python -m stages.compare_pseudo_labels --recipe recipes/labels98.yaml
 Reads runs/ENTRY/embeddings, the logits of every seed's fine-tuning without a request as
 `make compare-requests` leaves them (of the latest finetune-K where there are none), and the
 rehearsal's OUT.oracle.pt; writes docs/requests/ENTRY-pseudo.json and a table in docs/labels.md.
@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline import InputError, comparison, config, labeling, runs
 from pipeline.machine import processor
-from pipeline.manifest import Contest, load_contest, read_manifest
+from pipeline.manifest import Contest, load_contest
 from pipeline.propagation import Propagation
 from pipeline.pseudo_labels import Predictor, Softmax
 
@@ -37,6 +37,7 @@ def run(argv: list[str]) -> None:
         raise InputError(f"{contest.oracle} is not there; a rehearsal's true labels are expected")
     found = sorted(entry.glob("requests/none-s*/logits/unlabeled.npy"))
     folders = [file.parent.parent for file in found] or [runs.latest_finetune(entry.name)]
+    folders = [runs.finished(folder, "make compare-requests") for folder in folders]
     records = []
     for folder in folders:
         for name, predictor in PREDICTORS.items():
@@ -57,10 +58,10 @@ def _precision(
     contest: Contest, entry: Path, folder: Path, truth: Any, predictor: Predictor
 ) -> dict[str, float]:
     """Percent of right labels among the surest images, for each coverage."""
-    held = read_manifest(runs.require(folder / "holdout.csv", "make finetune"))
-    images = labeling.unlabeled_images(contest, labeling.labeled_images(contest, held))
+    known = labeling.labeled_images(folder)
+    images = labeling.unlabeled_images(contest, known)
     none = images.take(np.arange(0))
-    evidence, _ = labeling.evidence_of(contest, entry, folder, images, none, predictor)
+    evidence, _ = labeling.evidence_of(contest, entry, folder, images, none, known, predictor)
     labels, sure = predictor(evidence)
     right = (labels == truth[images.index])[np.argsort(-sure, kind="stable")]
     count = {coverage: round(coverage / 100 * len(right)) for coverage in COVERAGES}

@@ -1,6 +1,6 @@
 """Compare label-request strategies on a rehearsal: a table and a plot, from the runs' own records.
 
-python -m stages.compare_requests --recipe recipes/mini98_requests.yaml [--seeds 5]
+python -m stages.compare_requests --recipe recipes/labels98.yaml --finetune.minutes 3
 With each seed the entry's encoder is fine-tuned on train alone (the floor); then every strategy
 asks for `label_request.budget` images and gets their true labels from the rehearsal's
 OUT.oracle.pt, and the encoder is fine-tuned on both, in as many steps as the first run.  Reads
@@ -67,18 +67,25 @@ class Cells:
         """The requests that were not made yet, with their true labels."""
         candidates: Candidates | None = None
         c, contest = self.recipe.label_request, load_contest(self.recipe.data.contest)
+        embeddings = runs.finished(self.folder.with_name("embeddings"), "make embed")
+        logits = self.folder / f"{FLOOR}-s{seed}" / "logits" / "unlabeled.npy"
+        inputs = [logits, *(embeddings / f"{split}.npy" for split in ("unlabeled", "train"))]
+        asked = {"label_request": {"budget": c.budget, "near_duplicate": c.near_duplicate}}
+        facts = runs.Run.of(self.folder, asked | {"seed": seed}, ["label_request"], inputs).facts
         for kind in kinds:
             file = self.folder / f"{kind.__name__}-s{seed}.csv"
-            if file.is_file():
+            record = file.with_suffix(".json")
+            made = runs.read_json(record, "make compare-requests") if record.is_file() else None
+            if file.is_file() and made == facts:
                 continue
             if candidates is None:
-                embeddings = runs.finished(self.folder.with_name("embeddings"), "make embed")
-                logits = self.folder / f"{FLOOR}-s{seed}" / "logits" / "unlabeled.npy"
                 candidates = candidates_of(contest, embeddings, [logits], [], c.near_duplicate)
             index = choose(kind(), candidates, c.budget, seed).indices
+            record.unlink(missing_ok=True)
             write_request(self.folder / f"{kind.__name__}-s{seed}.request.csv", index)
             answer = Manifest.of("unlabeled", index, self.truth[index], source=kind.__name__)
             write_manifest(file, answer)
+            runs.write_json(record, facts)
 
 
 def run(argv: list[str], seeds: int, names: str) -> None:

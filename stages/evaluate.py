@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import config, runs
+from pipeline import InputError, config, runs
+from pipeline.draws import hold_out, learned_labels
 from pipeline.figures import BLUE, GREEN, RED, Tile, image_rows
-from pipeline.manifest import Contest, Manifest, hold_out, load_contest
+from pipeline.manifest import Contest, Manifest, load_contest
 from pipeline.metrics import expected_calibration_error, fit_linear, knn_scores, predictions, top_k
 from pipeline.neighbours import search
 from pipeline.recipe import Recipe
@@ -44,7 +45,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         return
     facts.begin()
     c, embeddings = recipe.evaluate, {s: np.load(f, mmap_mode="r") for s, f in files.items()}
-    known, asked, what = _split(contest, recipe.seed)
+    known, asked, what = _split(contest, entry)
     x, queries = (embeddings[str(m.split[0])][m.index] for m in (known, asked))
     similarities, near = search(queries, x, max(c.k))
     votes, truth = known.label[near], asked.label
@@ -68,14 +69,22 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     runs.say(f"wrote {facts.folder}/scores.json and neighbours.png; next: make finetune")
 
 
-def _split(contest: Contest, seed: int) -> tuple[Manifest, Manifest, str]:
-    """Labeled images to vote and learn from, images to ask about, and what those are."""
+def _split(contest: Contest, entry: Path) -> tuple[Manifest, Manifest, str]:
+    """Labeled images to vote and learn from, images to ask about, and what those are; InputError
+    where pretraining learned every label.
+    """
     parts = {s: contest.manifest(s).usable() for s in ("train", "val") if s in contest.splits}
     parts = {s: part.take(part.label >= 0) for s, part in parts.items()}
     if len(parts.get("val", ())):
         return parts["train"], parts["val"], "val"
-    held = hold_out(parts["train"].label, 0.2, seed)
-    return parts["train"].take(~held), parts["train"].take(held), "a held-out fifth of train"
+    train = parts["train"]
+    held = hold_out(train.label, train.index, 0.2) & ~train.among(learned_labels(entry))
+    if not held.any():
+        raise InputError(
+            "evaluate: there is no val, and no label of train that pretraining did not learn; "
+            "pretrain.supervision with a holdout above 0 is expected"
+        )
+    return train.take(~held), train.take(held), "the images held out of train"
 
 
 def _print(scores: dict[str, dict[int, float]], heading: str, notes: list[str]) -> None:

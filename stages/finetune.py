@@ -16,6 +16,7 @@ import torch
 from pipeline import InputError, config, runs
 from pipeline.classifiers import Classifier, build_head, freeze, probe, save_classifier
 from pipeline.distributed import barrier
+from pipeline.draws import learned_labels, training_set
 from pipeline.encoders import features
 from pipeline.finetuning import finetuner, initial_encoder, report
 from pipeline.inference import check_size, predict_split
@@ -24,7 +25,6 @@ from pipeline.manifest import (
     PSEUDO_LABELS,
     Contest,
     load_contest,
-    training_set,
     write_manifest,
 )
 from pipeline.plan import minutes_of
@@ -68,7 +68,7 @@ def run(
             "finetune: monitor is 'val', but in a rehearsal val stands for the secret test; "
             "'holdout' is expected"
         )
-    files, entry = _manifests(recipe, contest), runs.entry_folder(name)
+    files, entry, learned = _manifests(recipe, contest), runs.entry_folder(name), None
     round_ = runs.label_rounds(contest.folder, entry)
     folder = folder or runs.finetune_folder(name, round_)
     inputs, pretrained = [contest.folder / "contest.json", *files], None
@@ -76,6 +76,7 @@ def run(
         finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
         pretrained = finished.with_name("encoder.safetensors")
         inputs.append(pretrained)
+        learned = learned_labels(entry)
     elif c.init == "outside" and c.weights is not None and Path(c.weights).is_file():
         inputs.append(Path(c.weights))
     facts = runs.Run.of(folder, plain, ("encoder", "finetune"), inputs)
@@ -83,7 +84,7 @@ def run(
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
     accelerator = make_accelerator(c.precision, folder)
-    train, held = training_set(files, c.fraction, c.per_class, c.holdout, recipe.seed)
+    train, held = training_set(files, c.fraction, c.per_class, c.holdout, recipe.seed, learned)
     runs.say(
         f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out"
     )

@@ -67,6 +67,8 @@ def run(
         runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
         request = choose(strategy, candidates, c.budget, recipe.seed)
         facts.begin()
+        for picture in ("overlap.csv", "overlap.png", "classes.png"):  # not always made
+            (facts.folder / picture).unlink(missing_ok=True)
         label_studio.forget_project(file)
         name = type(strategy).__name__
         title = f"{c.budget:,} labels asked for by {name}"
@@ -89,7 +91,7 @@ def _logits(entries: list[str], needed: bool) -> list[Path]:
     there and not needed.
     """
     try:
-        folders = [runs.latest_finetune(entry) for entry in entries]
+        folders = [runs.finished(runs.latest_finetune(e), "make finetune") for e in entries]
         return [runs.require(f / "logits" / "unlabeled.npy", "make finetune") for f in folders]
     except InputError:
         if needed:

@@ -5,7 +5,7 @@ accelerate launch --num_processes 8 -m stages.pretrain --recipe recipes/spring21
 
 Reads data_manifests/CONTEST/contest.json and data/CONTEST/SPLIT.npy; writes runs/ENTRY/pretrain/
 {encoder.safetensors, checkpoint.pt, plan.json, history.json, curve.png, tensorboard,
-provenance.json}.
+provenance.json} and, with supervision, the labels that it learned from, trained_on.csv.
 Stopped or killed and started again, it goes on from the last checkpoint.
 """
 
@@ -16,10 +16,11 @@ from pipeline import config, runs
 from pipeline.checkpoint import save_tensors
 from pipeline.figures import curve
 from pipeline.machine import make_accelerator, peak_memory
-from pipeline.manifest import load_contest
+from pipeline.manifest import load_contest, write_manifest
 from pipeline.plan import minutes_of
 from pipeline.pretraining import check_inputs, pretrainer
 from pipeline.recipe import Recipe
+from pipeline.supervision import SupervisedContrast
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ def run(
         weights = trainer.module.encoder.state_dict()  # type: ignore[union-attr]
         save_tensors(folder / "encoder.safetensors", weights, metadata)
         runs.write_json(folder / "history.json", history)
+        (folder / "trained_on.csv").unlink(missing_ok=True)
+        if isinstance(supervision := trainer.module.supervision, SupervisedContrast):
+            write_manifest(folder / "trained_on.csv", supervision.learned(contest))
         drawn = ("step", "loss", "knn")  # the other signs are in TensorBoard
         points = [{k: h[k] for k in drawn if k in h} for h in history]
         curve(folder / "curve.png", points, "pretraining")

@@ -76,11 +76,17 @@ def _newest(entry: Path) -> Path | None:
     return files[-1] if files else None
 
 
+def _requested(recipe: Recipe, contest: Contest) -> list[Path]:
+    """The answers that the recipe learns from."""
+    wanted = "requested" in recipe.finetune.manifests
+    return runs.numbered(contest.folder, "requested") if wanted else []
+
+
 def _facts(contest: Contest, entry: Path, recipe: Recipe, plain: dict[str, Any]) -> dict[str, Any]:
     """What decides the pseudo-labels of now."""
-    latest = runs.latest_finetune(entry.name)
-    inputs = [contest.folder / "contest.json", *runs.numbered(contest.folder, "requested")]
-    inputs += [latest / "logits" / "unlabeled.npy", latest / "holdout.csv"]
+    latest = runs.finished(runs.latest_finetune(entry.name), "make finetune")
+    inputs = [contest.folder / "contest.json", *_requested(recipe, contest)]
+    inputs += [latest / name for name in ("logits/unlabeled.npy", "trained_on.csv", "holdout.csv")]
     inputs = [runs.require(file, "make finetune") for file in inputs]
     if recipe.pseudo_label.predictor().uses_embeddings:
         folder = runs.finished(entry / "embeddings", "make embed")
@@ -94,11 +100,13 @@ def _label(
     """Write pseudo-K.csv, its picture and, last, its record."""
     latest, c = runs.latest_finetune(entry.name), recipe.pseudo_label
     apart, what = labeling.images_apart(contest, latest)
-    held = read_manifest(latest / "holdout.csv")
-    images = labeling.unlabeled_images(contest, labeling.labeled_images(contest, held))
+    known = labeling.labeled_images(latest, _requested(recipe, contest))
+    images = labeling.unlabeled_images(contest, known)
     runs.say(f"labeling {len(images):,} images by {latest} …")
     predictor = c.predictor()
-    evidence, temperature = labeling.evidence_of(contest, entry, latest, images, apart, predictor)
+    evidence, temperature = labeling.evidence_of(
+        contest, entry, latest, images, apart, known, predictor
+    )
     rows, labels, sure, predicted, right = apply(predictor, c.strategy(), evidence, apart.label)
     if not len(rows):
         raise InputError(

@@ -83,16 +83,16 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         runs.say("scoring the submission in a fresh process, as the organizers do")
         checked = submission.check(aside, contest, choice)
         unread = submission.write_predictions(aside, choice, contest, test) if test else 0
-        labels = submission.label_counts(finetune)
+        of = [runs.read_json(m / "provenance.json", "make finetune") for m in choice.members]
+        by_val = any(made["recipe"]["finetune"]["monitor"] == "val" for made in of)
+        labels = submission.label_counts(choice.members)
         used = [load_tensors(m / submission.WEIGHTS)[1] for m in choice.members]
         transfer = any(metadata["transfer"] for metadata in used)
         card = {
             "entry": entry,
             "val_top1": checked.score if checked.split == "val" else None,
             "checked": checked._asdict(),
-            "notes": submission.notes(
-                contest, transfer, made["finetune"]["monitor"] == "val", labels
-            ),
+            "notes": submission.notes(contest, transfer, by_val, labels),
             "transfer": transfer,
             "rehearsal": contest.rehearsal,
             "labels": labels,

@@ -83,9 +83,11 @@ def write_finetune(number: int = 0, held: bool = True, sharp: float = 4.0) -> Pa
         truth = np.array([label(split, k) for k in range(n)])
         logits = sharp * np.eye(CLASSES)[truth] + 1.5 * rng.standard_normal((n, CLASSES))
         np.save(folder / "logits" / f"{split}.npy", logits.astype(np.float32))
-    rows = [f"train,{k},{label('train', k)},train.csv" for k in range(0, 20, 2)] if held else []
-    (folder / "holdout.csv").write_text("\n".join(["split,index,label,source", *rows]) + "\n")
-    (folder / "provenance.json").write_text("{}")
+    rows = [f"train,{k},{label('train', k)},train.csv" for k in range(20)]
+    apart, used = (rows[::2], rows[1::2]) if held else ([], rows)
+    for name, those in (("holdout", apart), ("trained_on", used)):
+        (folder / f"{name}.csv").write_text("\n".join(["split,index,label,source", *those]) + "\n")
+    (folder / "provenance.json").write_text('{"inputs": {}}')
     return folder
 
 

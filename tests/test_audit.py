@@ -119,6 +119,18 @@ def test_the_stage_shows_and_changes_nothing(
     assert Path("runs/entry/audit/labels.png").is_file()
 
 
+def test_few_labels_of_a_class_are_no_mistake_unless_there_is_one(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    x = np.repeat(np.eye(4, 8, dtype=np.float32), 3, axis=0)
+    labels = np.repeat(np.arange(4), 3)
+    labels[-2:] = 0
+    assert doubtful_labels(x, labels, 4, 10.0, 0).rows.dtype == np.int64
+    assert not [w for w in recwarn if w.category is UserWarning]
+    with pytest.raises(InputError, match="no class of train has two labels"):
+        doubtful_labels(x[:3], np.arange(3), 4, 10.0, 0)
+
+
 def test_an_impossible_cosine_is_refused(here: Path) -> None:
     with pytest.raises(InputError, match=r"audit: cosine is 1\.5; above 0, up to 1 is expected"):
         audit.run(parsed().recipe, cosine=1.5)

@@ -107,6 +107,14 @@ def test_an_interrupted_comparison_goes_on(here: Path, monkeypatch: pytest.Monke
     assert Path("runs/r/requests/Margin-s0.csv").read_bytes() == asked
 
 
+def test_another_budget_is_asked_for_anew(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(1, "Random")
+    monkeypatch.setattr("tests.test_compare_requests.ARGV", [*ARGV, "--label_request.budget=5"])
+    records = compare(1, "Random")
+    assert [r["labels"] for r in records] == [80, 85]
+    assert len(read_manifest(Path("runs/r/requests/Random-s0.csv"))) == 5
+
+
 def test_mistakes_are_told(here: Path) -> None:
     with pytest.raises(InputError, match="there is no strategy Best; Random, EnergyStrata, KMeans"):
         compare(names="Best")

@@ -65,6 +65,15 @@ def test_alignment_favors_what_the_labels_have_more_of() -> None:
     torch.testing.assert_close(found, F.cross_entropy(strong, torch.zeros(40, dtype=torch.long)))
 
 
+def test_freematch_is_aligned_where_it_is_asked_for() -> None:
+    weak = torch.tensor([[0.0, 0, 0, 1.2]]).expand(40, 4)
+    bare, method = begun(FreeMatch()), begun(FreeMatch(aligned=True, momentum=0.0))
+    torch.testing.assert_close(bare.probabilities(weak), weak.softmax(1))
+    method(weak, torch.zeros(40, 4))
+    torch.testing.assert_close(method.mean, PRIOR)  # of what is taken for the truth
+    torch.testing.assert_close(method.histogram, torch.tensor([1.0, 0, 0, 0]))
+
+
 def test_freematch_equals_the_papers_equations() -> None:
     method = begun(FreeMatch(weight=1.5, fairness=0.1, momentum=0.9))
     level, model, histogram = 0.25, np.full(4, 0.25), np.full(4, 0.25)

@@ -65,7 +65,7 @@ def test_evaluate_without_val_holds_out_a_part_of_train(
     write_run(tmp_path, rehearsal=False, val=False)
     start(evaluate)
     found = scores()
-    assert found["queries"] == "a held-out fifth of train"
+    assert found["queries"] == "the images held out of train"
     assert (found["images"], found["labeled"]) == (4, 16)
     assert not any("rehearsal" in note for note in found["notes"])
 

@@ -10,16 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import InputError
+from pipeline.draws import choose_labels, hold_out, training_set
 from pipeline.manifest import (
     LABELS,
     PREPARED,
     PSEUDO_LABELS,
     Manifest,
-    choose_labels,
-    hold_out,
     load_contest,
     read_manifest,
-    training_set,
     write_manifest,
 )
 
@@ -154,13 +152,16 @@ def test_another_seed_chooses_other_images():
     assert not np.array_equal(
         choose_labels(labels, 0.3, None, 0), choose_labels(labels, 0.3, None, 1)
     )
-    assert not np.array_equal(hold_out(labels, 0.3, 0), hold_out(labels, 0.3, 1))
 
 
 @settings(deadline=None)
 @given(LABELS_DRAWN, st.floats(0, 0.99), st.integers(0, 9))
 def test_held_out_images_leave_some_of_each_class(labels, fraction: float, seed: int):
-    held = hold_out(labels, fraction, seed)
+    index = np.random.default_rng(seed).permutation(2 * len(labels))[: len(labels)]
+    held = hold_out(labels, index, fraction)
+    assert not (hold_out(labels, index, fraction / 2) & ~held).any()
+    order = np.random.default_rng(seed).permutation(len(labels))  # the image decides, no place
+    assert np.array_equal(hold_out(labels[order], index[order], fraction), held[order])
     for k in range(6):
         n, out = (labels == k).sum(), held[labels == k].sum()
         if n < 2 or fraction == 0:
@@ -188,6 +189,16 @@ def test_a_training_set_counts_an_image_once_and_holds_out_of_the_first_file(tmp
     assert everything == list(range(1, 40))
     few, _ = training_set([train, more], 1.0, 2, 0.0, seed=0)
     assert np.bincount(few.label[:-1]).tolist() == [2, 2, 2, 2]
+
+
+def test_what_the_encoder_learned_is_not_held_out(tmp_path: Path):
+    train = tmp_path / "train.csv"
+    write_manifest(train, Manifest.of("train", np.arange(40), np.arange(40) % 4), PREPARED)
+    _, held = training_set([train], 1.0, None, 0.5, 0)
+    for seed in range(3):
+        used, less = training_set([train], 1.0, None, 0.5, seed, held.take(held.label < 2))
+        assert less.index.tolist() == held.index[held.label >= 2].tolist()
+        assert sorted([*used.index, *less.index]) == list(range(40))
 
 
 def test_a_training_set_without_labels_is_refused(tmp_path: Path):

@@ -197,6 +197,48 @@ def test_the_same_classifier_labels_once(here: Path, capsys: pytest.CaptureFixtu
     assert record(2)["classifier"] == "runs/entry/finetune-1"
 
 
+def test_only_labels_that_the_fine_tuning_had_propagate(here: Path) -> None:
+    """Neither the rest of train, nor answers that the recipe does not learn from, nor what earlier
+    pseudo-labels said.
+    """
+    file = write_finetune() / "trained_on.csv"
+    rows = [
+        row for row in file.read_text().splitlines() if row.split(",")[2] in ("label", "0", "1")
+    ]
+    rows += ["unlabeled,0,3,runs/entry/finetune-0"]
+    file.write_text("\n".join(rows) + "\n")
+    Path("data_manifests/small/requested-1.csv").write_text(
+        "split,index,label,source\nunlabeled,50,2,x\n"
+    )
+    options = ["--pseudo_label.predictor=Propagation", "--pseudo_label.strategy.fraction=1.0"]
+    start(pseudo_label, *options, "--finetune.manifests=[train,pseudo]")
+    assert set(read_manifest(Path("runs/entry/pseudo-1.csv")).label) == {0, 1}
+    start(pseudo_label, *options)
+    found = read_manifest(Path("runs/entry/pseudo-1.csv"))
+    assert set(found.label) == {0, 1, 2}
+    assert 50 not in found.index
+
+
+def test_a_fine_tuning_of_other_files_is_not_used(here: Path) -> None:
+    folder, file = write_finetune(), Path("data_manifests/small/requested-1.csv")
+    file.write_text("split,index,label,source\nunlabeled,50,2,x\n")
+    inputs = {str(file): runs.sha256(file)}
+    (folder / "provenance.json").write_text(json.dumps({"inputs": inputs}))
+    file.unlink()
+    with pytest.raises(InputError, match=r"from another .*requested-1.csv; `make finetune` makes"):
+        start(pseudo_label)
+
+
+def test_a_round_that_was_killed_before_its_record_is_left_out(here: Path) -> None:
+    write_finetune()
+    start(pseudo_label)
+    Path("runs/entry/pseudo-1.json").unlink()
+    write_finetune(1)
+    start(pseudo_label)
+    rows = Path("runs/entry/pseudo-rounds.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[1:]] == ["pseudo-2.csv"]
+
+
 def test_without_a_classifier_there_are_no_pseudo_labels(here: Path) -> None:
     with pytest.raises(InputError, match="holds no finished finetune-K"):
         start(pseudo_label)

@@ -1,5 +1,7 @@
 """Pseudo-labels: what holds for every rule, and what each is for."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,7 +83,7 @@ def test_a_flexible_threshold_is_lower_for_classes_that_rarely_reach_it() -> Non
     )
     rows = Threshold(0.9, flexible=True)(labels, confidences.astype(np.float32))
     for k, share in ((0, 1.0), (1, 0.5), (2, 0.0)):
-        bar = 0.9 * share / (2 - share)
+        bar = 0.9 * max(share / (2 - share), 0.5)
         expected = np.flatnonzero((labels == k) & (confidences >= bar))
         np.testing.assert_array_equal(rows[labels[rows] == k], expected)
 
@@ -129,6 +131,24 @@ def test_the_rule_is_audited_where_the_truth_is_known() -> None:
     assert confidences[0] > 0.99
     np.testing.assert_array_equal(every, [0, 0, 0])
     np.testing.assert_array_equal(right, [True, False])
+
+
+class Unsure(Softmax):
+    """Says class 0, without being sure at all, of every other image."""
+
+    def __call__(self, evidence: Evidence) -> tuple[Any, Any]:
+        labels, confidences = super().__call__(evidence)
+        return np.where(np.arange(len(labels)) % 2, 0, labels), np.where(
+            np.arange(len(labels)) % 2, 0, confidences
+        )
+
+
+@pytest.mark.parametrize("rule", [TopFraction(1.0), Threshold(0.0)])
+def test_what_nobody_can_tell_gets_no_label(rule: PseudoLabeler) -> None:
+    logits = logits_of(30)
+    given = apply(Unsure(), rule, evidence(logits), np.zeros(10, np.int64))
+    np.testing.assert_array_equal(given[0], np.arange(0, 20, 2))
+    assert len(given[4]) == 5
 
 
 def test_images_apart_do_not_change_the_labels() -> None:

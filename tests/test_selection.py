@@ -138,6 +138,7 @@ def test_a_strategy_that_breaks_the_rules_is_caught(wrong: list[int]) -> None:
         (EnergyStrata, {"strata": 0}, "EnergyStrata: strata is 0; 1 or more is expected"),
         (ProbCover, {"purity": 1.5}, "ProbCover: purity is 1.5; above 0, up to 1 is expected"),
         (MarginClusters, {"pool": 0.5}, "MarginClusters: pool is 0.5; 1 or more is expected"),
+        (Typicality, {"neighbors": 51}, "Typicality: neighbors is 51; up to 50 are expected"),
         (Hybrid, {"uncertainty": -1}, "Hybrid: uncertainty is -1; 0 or more is expected"),
     ],
 )
@@ -146,6 +147,22 @@ def test_a_strategys_arguments_are_checked(
 ) -> None:
     with pytest.raises(InputError, match=f"^{words}$"):
         kind(**wrong)
+
+
+def test_labeled_images_count_where_clusters_are_clear() -> None:
+    """All neighbors of an image are of its cluster; one of two clusters is labeled."""
+    x = np.eye(2, 8).repeat(80, 0) + 0.05 * np.random.default_rng(0).standard_normal((160, 8))
+    request = choose(ProbCover(), pool(x, labeled=80), 3, 0)
+    assert (request.indices >= 80).all()
+
+
+@pytest.mark.parametrize("near", [1.1, NEAR])
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_nothing_left_to_ask_for_is_told(kind: type[Strategy], near: float) -> None:
+    given = candidates(10, near=near)
+    given.eligible = given.eligible[:0]
+    with pytest.raises(InputError, match="budget is 3 and 0 unlabeled images can be asked for"):
+        choose(kind(), given, 3, 0)
 
 
 def test_kmeans_asks_for_one_image_of_each_cluster() -> None:

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from pipeline import InputError, config
 from pipeline.gradient_cache import backward_in_parts
+from pipeline.manifest import read_manifest
 from pipeline.runs import read_json
 from pipeline.supervision import SupervisedContrast, joined_batches
-from stages import pretrain
+from stages import finetune, pretrain
 
 from .conftest import TINY
 from .small_methods import VARIANTS, built, feed_of, reader, state
@@ -143,6 +144,25 @@ def test_a_supervised_run_learns_the_classes(tiny_contest: Path) -> None:
         pretrain.run(recipe, plain)
         found.append(read_json(Path(f"runs/{entry}/pretrain/provenance.json"), "")["results"])
     assert found[1]["knn"] > found[0]["knn"]
+
+
+def test_what_was_learned_is_never_held_out_of_fine_tuning(tiny_contest: Path) -> None:
+    """Whatever the seeds; and without labels apart there is no kNN on the way."""
+    options = [*TINY, "--pretrain.steps=2", "--pretrain.batch_size=16", "--entry=e"]
+    options += ["--pretrain.supervision=SupervisedContrast", "--finetune.steps=2"]
+    options += ["--finetune.batch_size=16", "--finetune.holdout=0.3"]
+    for share, held_out in ((0.3, 0.3), (0.1, 0.1), (0.0, 0.0)):
+        words = [*options, f"--pretrain.supervision.holdout={share}"]
+        recipe, _, plain = config.parse("", argv=words)
+        pretrain.run(recipe, plain)
+        knn = read_json(Path("runs/e/pretrain/provenance.json"), "")["results"]["knn"]
+        assert (knn is None) == (share == 0)
+        learned = read_manifest(Path("runs/e/pretrain/trained_on.csv"))
+        for seed in (0, 1):
+            recipe, _, plain = config.parse("", argv=[*words, f"--seed={seed}"])
+            held = read_manifest(finetune.run(recipe, plain) / "holdout.csv")
+            assert not held.among(learned).any()
+            assert len(held) == round(80 * held_out)
 
 
 @pytest.mark.parametrize(
