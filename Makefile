@@ -75,10 +75,10 @@ compare-pseudo-labels: .venv/.installed ## Compare who predicts pseudo-labels on
 	$(VENV) python -m stages.compare_pseudo_labels $(recipe) $(ARGS)
 
 compare-finetunings: .venv/.installed ## Compare ways of fine-tuning from the encoder of RECIPE= (RECIPES="recipes/finetunings/*.yaml", the control first)
-	$(VENV) python -m stages.compare_entries --base "$(RECIPE)" $(RECIPES) $(ARGS)
+	$(VENV) python -m stages.compare_entries --base "$(RECIPE)" --encoder "$(basename $(notdir $(RECIPE)))" $(RECIPES) $(ARGS)
 
 compare-entries: .venv/.installed ## Compare whole entries, and a peer (RECIPES="CONTROL OTHER …" ARGS='--peer "COMMAND"')
-	$(VENV) python -m stages.compare_entries $(RECIPES) $(ARGS)
+	$(VENV) python -m stages.compare_entries $(call given,base,RECIPE) $(RECIPES) $(ARGS)
 
 bench: .venv/.installed ## Measure against the peers (NAME=one benchmark)
 	$(VENV) python -m benchmarks $(NAME) $(ARGS)

@@ -1,13 +1,13 @@
 """Compare entries by all that they take: a table in docs/labels.md, from the runs' own records.
 
-python -m stages.compare_entries RECIPE … [--seeds 3] [--peer "COMMAND"]
-python -m stages.compare_entries RECIPE … --base RECIPE [--encoder ENTRY] [--seeds 3]
+python -m stages.compare_entries RECIPE … [--base RECIPE] [--seeds 3] [--peer "COMMAND"]
+python -m stages.compare_entries RECIPE … [--base RECIPE] [--seeds 3] --encoder ENTRY
 Every recipe is run with every seed through what it needs, as the entry RECIPE-sSEED: pretraining
 (not from scratch), embeddings where its pseudo-labels look at them, fine-tuning and, where `pseudo`
 is among its manifests, pseudo-labels and fine-tuning again.  The first recipe is the control.  With
---base the recipes change that one, and all start from the encoder of one entry, BASE if none is
-named.  A peer is any command that takes --seed and whose last line is JSON with `peer` (its name)
-and `finetuned` (top-1 on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run,
+--base the recipes change that one; with --encoder all start from the encoder of that entry.  A peer
+is any command that takes --seed and whose last line is JSON with `peer` (its name) and `finetuned`
+(top-1 on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run,
 and the table.  What is recorded is not run again; what was interrupted goes on, rounds of
 pseudo-labels from the first one.
 """
@@ -107,10 +107,9 @@ def run_peer(command: str, seed: int, file: Path) -> None:
 
 def run(a: Namespace, command: str) -> None:
     """Every recipe and peer with every seed, and the table as it grows."""
-    encoder = a.encoder or (a.base.stem if a.base else None)
-    all_of = [read(file, a.base, encoder, a.records) for file in a.recipes]
+    all_of = [read(file, a.base, a.encoder, a.records) for file in a.recipes]
     comparison.of_one_contest([e.contest.name for e in all_of])
-    target = "compare-finetunings" if encoder else "compare-entries"
+    target = "compare-finetunings" if a.encoder else "compare-entries"
     peers = [a.records / f"peer-{a.recipes[0].stem}-s{seed}.json" for seed in range(a.seeds)]
 
     def of_peer(file: Path) -> dict[str, Any] | None:
@@ -127,7 +126,7 @@ def run(a: Namespace, command: str) -> None:
 
     write()  # which says what is wrong with that file before hours of training
     for seed in range(a.seeds):
-        entrants.run_all([(e, seed) for e in all_of], partial(run_one, encoder), write)
+        entrants.run_all([(e, seed) for e in all_of], partial(run_one, a.encoder), write)
         if a.peer and of_peer(peers[seed]) is None:
             run_peer(a.peer, seed, peers[seed])
             write()
@@ -138,8 +137,8 @@ def parse(argv: list[str]) -> Namespace:
     form = RawDescriptionHelpFormatter
     parser = ArgumentParser("compare_entries", description=__doc__, formatter_class=form)
     parser.add_argument("recipes", type=Path, nargs="+", help="the control first")
-    parser.add_argument("--base", type=Path, help="recipe that they change, whose encoder they use")
-    parser.add_argument("--encoder", help="entry of another name that has it")
+    parser.add_argument("--base", type=Path, help="recipe that they change")
+    parser.add_argument("--encoder", help="entry whose encoder they start from")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each")
     parser.add_argument("--peer", default="", help="command of a peer")
     parser.add_argument("--records", type=Path, default=Path("docs/entries"), help="folder")

@@ -9,7 +9,7 @@ import pytest
 from pipeline import InputError
 from pipeline.audit import counts, doubtful_labels, find_copies, hashes, thumbnails
 from pipeline.packed import Pool
-from pipeline.runs import sha256
+from pipeline.runs import read_json, sha256
 from stages import audit
 from tests.fake_run import label, parsed, write_run
 
@@ -117,6 +117,9 @@ def test_the_stage_shows_and_changes_nothing(
     assert f"{len(wrong)} of 20 labels of train look wrong" in capsys.readouterr().out
     assert Path("runs/entry/audit/duplicates.png").is_file()
     assert Path("runs/entry/audit/labels.png").is_file()
+    made = read_json(Path("runs/entry/audit/provenance.json"), "")
+    assert made["results"]["doubtful_labels"] == len(wrong)
+    assert str(Path("runs/entry/embeddings/val.npy")) in made["inputs"]
 
 
 def test_few_labels_of_a_class_are_no_mistake_unless_there_is_one(

@@ -104,7 +104,8 @@ def test_each_entry_goes_through_what_it_needs_and_peers_beside(calls: list[Call
 def test_recipes_over_a_base_start_from_its_encoder(
     calls: list[Call], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = ["plain.yaml", "pseudo.yaml", "--base", "base.yaml", "--seeds", "1"]
+    argv = ["plain.yaml", "pseudo.yaml", "--base", "base.yaml", "--encoder", "base"]
+    argv += ["--seeds", "1"]
     with pytest.raises(
         InputError, match=r"`make pretrain RECIPE=base.yaml ARGS='--entry base'` makes it"
     ):
@@ -146,6 +147,22 @@ def test_recipes_over_a_base_start_from_its_encoder(
     monkeypatch.setattr(entrants, "call", lambda stage, words: 1)
     with pytest.raises(InputError, match=r"finetune of base-plain-s0 failed"):
         compare(*argv)
+
+
+def test_answers_to_other_entries_take_no_part_and_named_files_count(calls: list[Call]) -> None:
+    file, more = Path("asks.yaml"), Path("more.csv")
+    file.write_text(BASE.replace("manifests: [train]", "manifests: [train, requested, more.csv]"))
+
+    def read() -> entrants.Entrant:
+        return compare_entries.read(file, None, None, Path("docs/entries"))
+
+    with pytest.raises(InputError, match=r"^asks.yaml: more.csv is among finetune.manifests"):
+        read()
+    more.write_text("split,index,label\nunlabeled,3,1\n")
+    assert read().recipe.finetune.manifests == ["train", "more.csv"]
+    before = read().facts(0)
+    more.write_text("split,index,label\nunlabeled,3,2\n")
+    assert read().facts(0) != before
 
 
 @pytest.mark.parametrize(
