@@ -28,19 +28,24 @@ def backward_in_parts(
     statistics are updated in the second pass, those of a slow copy in the first.  Source: arXiv
     2101.06983, section 3.2.
     """
-    rows, keys = [], []
+    whole, keys, own = torch.empty(0), [], 0
     with torch.no_grad():
         for part in range(parts):
             queried, keyed = inputs(part)
             seed(part)
             with autocast():
                 with frozen_statistics(method):
-                    rows.append(method.project(queried))
+                    z = method.project(queried)
                 keys.append(method.gathered_target(keyed))
-    # a process holds a slice of each part: the batch is the parts one after the other
-    own, targets = rows[0].shape[1], [k for k in keys if k is not None]
-    whole = torch.cat([gather(z, dim=1) for z in rows], 1).requires_grad_()  # [v, B, d]
-    del rows
+            # a process holds a slice of each part: the batch is the parts one after the other
+            own, of_all = z.shape[1], gather(z, dim=1)
+            if part == 0:
+                views, size, width = of_all.shape
+                whole = of_all.new_empty(views, parts * size, width)  # [v, B, d]
+            whole[:, part * size : (part + 1) * size] = of_all
+    whole.requires_grad_()
+    targets = [k for k in keys if k is not None]
+    del z, of_all
     loss = method.loss_of(whole, torch.cat(targets, 1) if targets else None)
     loss.backward()
     grad = whole.grad
