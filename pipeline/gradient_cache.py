@@ -48,6 +48,7 @@ def backward_in_parts(
     del z, of_all
     loss = method.loss_of(whole, torch.cat(targets, 1) if targets else None)
     loss.backward()
+    loss = loss.detach()  # or its graph would keep the whole batch
     grad = whole.grad
     assert grad is not None
     del whole, targets, keys
@@ -59,4 +60,4 @@ def backward_in_parts(
         mine = of_part[:, rank() * own : (rank() + 1) * own]
         z.backward(mine.to(z.dtype) * world_size())
     average_gradients(method)
-    return loss.detach()
+    return loss

@@ -1,5 +1,6 @@
 """A batch in parts has the gradient of the whole batch, for every method."""
 
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -96,6 +97,28 @@ def test_the_graph_of_one_part_only_is_alive() -> None:
 
 MOCO = ["--pretrain.method=MoCo", "--pretrain.method.bn_group=4"]
 OPTIONS = ["--pretrain.batch_size=16", "--pretrain.steps=4", "--pretrain.log_steps=1"]
+
+
+def test_the_projections_of_the_batch_go_before_the_second_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    method = built("SimCLR")
+    feed = feed_of("SimCLR", method, BATCH, 0, 1, PART)
+    seen, alive = list[weakref.ref[Tensor]](), list[bool]()
+    loss_of, project = method.loss_of, method.project
+
+    def watched(projections: Tensor, targets: Tensor | None) -> Tensor:
+        seen.append(weakref.ref(projections))
+        return loss_of(projections, targets)
+
+    def looking(views: list[Tensor]) -> Tensor:
+        alive.extend(ref() is not None for ref in seen)
+        return project(views)
+
+    monkeypatch.setattr(method, "loss_of", watched)
+    monkeypatch.setattr(method, "project", looking)
+    backward_in_parts(method, reader(feed, 0), feed.parts, nullcontext, torch.manual_seed)
+    assert alive == [False] * feed.parts
 
 
 def losses(entry: str, *options: str) -> list[float]:
