@@ -60,7 +60,7 @@ class FixMatch(Consistency):
             threshold: the lowest probability that is sure.
             ratio: unlabeled images in a step for each labeled one.
             weight: of this loss beside that of the labels.
-            aligned: distribution alignment: the labels' frequencies are those of the guesses.
+            aligned: distribution alignment: guesses are held to the labels' frequencies.
             momentum: of the running mean.
         """
         super().__init__()

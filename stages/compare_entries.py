@@ -7,9 +7,9 @@ Every recipe is run with every seed through what it needs, as the entry RECIPE-s
 is among its manifests, pseudo-labels and fine-tuning again.  The first recipe is the control.  With
 --base the recipes change that one; with --encoder all start from the encoder of that entry.  A peer
 is any command that takes --seed and whose last line is JSON with `peer` (its name) and `finetuned`
-(top-1 on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run,
-and the table.  What is recorded is not run again; what was interrupted goes on, rounds of
-pseudo-labels from the first one.
+(top-1 on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run, and the table.
+What is recorded is not run again; what was interrupted goes on, rounds of pseudo-labels from the
+first one.
 """
 
 import json

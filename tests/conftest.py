@@ -9,12 +9,15 @@ import random
 import subprocess
 import sys
 import tarfile
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+
+from pipeline import entrants
 
 ROOT = Path(__file__).parents[1]
 """The project."""
@@ -152,3 +155,18 @@ def run_stage():  # type: ignore[no-untyped-def]
         return out
 
     return run
+
+
+@pytest.fixture
+def calls(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The (stage, entry) that a comparison called, in this process, which spares the imports."""
+    made: list[tuple[str, str]] = []
+
+    def call(stage: str, words: list[str]) -> int:
+        made.append((stage, words[words.index("--entry") + 1]))
+        monkeypatch.setattr(sys, "argv", [stage, *words])
+        import_module(f"stages.{stage}").main()
+        return 0
+
+    monkeypatch.setattr(entrants, "call", call)
+    return made

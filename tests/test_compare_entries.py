@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,9 @@ PEER = (
 Call = tuple[str, str]
 
 
-@pytest.fixture
-def calls(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """The (stage, entry) that were called, in this process, which spares the imports."""
-    made: list[Call] = []
-
-    def call(stage: str, words: list[str]) -> int:
-        made.append((stage, words[words.index("--entry") + 1]))
-        monkeypatch.setattr(sys, "argv", [stage, *words])
-        import_module(f"stages.{stage}").main()
-        return 0
-
-    monkeypatch.setattr(entrants, "call", call)
+@pytest.fixture(autouse=True)
+def recipes(tiny_contest: Path) -> None:
+    """The recipes that are compared, in the current folder."""
     for name, text in (
         ("base", BASE),
         ("plain", "finetune: {ema: 0.5}"),
@@ -47,7 +37,6 @@ def calls(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
         ("scratch", f"{BASE}\n".replace("finetune: {", "finetune: {init: scratch, ")),
     ):
         Path(f"{name}.yaml").write_text(text)
-    return made
 
 
 def compare(*argv: str) -> None:

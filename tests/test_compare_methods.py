@@ -5,7 +5,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +54,6 @@ def rows() -> list[list[str]]:
 
 def result(stage: str, entry: str) -> Any:
     return runs.read_json(Path(f"runs/{entry}/{stage}/provenance.json"), "")["results"]
-
-
-@pytest.fixture
-def calls(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """The (stage, entry) that were called, in this process, which spares the imports."""
-    made: list[Call] = []
-
-    def call(stage: str, words: list[str]) -> int:
-        made.append((stage, words[words.index("--entry") + 1]))
-        monkeypatch.setattr(sys, "argv", [stage, *words])
-        import_module(f"stages.{stage}").main()
-        return 0
-
-    monkeypatch.setattr(entrants, "call", call)
-    return made
 
 
 def test_each_cell_is_run_once_and_the_table_says_what_the_runs_wrote(
