@@ -44,7 +44,7 @@ def main() -> None:
         began = time.perf_counter()
         for start in range(0, count, 256):
             part = packed[start : start + 256]
-            make(part, uniforms(0, step, len(part), 2), 96)
+            make(part, make.draw(uniforms(0, step, len(part), 2), 96, 96), 96)
         return count / (time.perf_counter() - began)
 
     def theirs() -> float:

@@ -68,7 +68,7 @@ def pretrained(pool: Pool, seed: int, steps: int, size: int, ours: bool) -> torc
         images = pool.gather(batch_at(len(pool), BATCH, seed, step))
         if ours:
             u = uniforms(seed, step, BATCH, 2)
-            return make(torch.from_numpy(images), u, size)
+            return make(torch.from_numpy(images), make.draw(u, *images.shape[1:3]), size)
         pairs = [transform(Image.fromarray(image)) for image in images]
         return [torch.stack([p[k] for p in pairs]).to(dtype) for k in (0, 1)]
 

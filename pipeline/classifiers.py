@@ -157,8 +157,8 @@ class Supervised(nn.Module):
         slow, fast = self.averaged.state_dict(), self.classifier.state_dict()
         floats = [k for k, v in slow.items() if v.is_floating_point()]
         torch._foreach_lerp_([slow[k] for k in floats], [fast[k] for k in floats], 1 - self.ema)
-        for key in slow.keys() - set(floats):
-            slow[key].copy_(fast[key])
+        counts = [k for k in slow if k not in set(floats)]
+        torch._foreach_copy_([slow[k] for k in counts], [fast[k] for k in counts])
 
 
 def probe(

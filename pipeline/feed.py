@@ -19,7 +19,9 @@ from pipeline.packed import Pool
 from pipeline.views import View, Views, uniforms
 
 Fetched = tuple[Tensor, ...]
-"""Images [b, h, w, 3] uint8, then their targets, or the images for the method's slow copy."""
+"""Images [b, h, w, 3] uint8 and what is random in their views, then their targets, or the same two
+for the method's slow copy.
+"""
 
 
 @dataclass
@@ -99,57 +101,54 @@ class Feed:
         """What the step and part of `tick` need, on the device."""
         step, reading = divmod(tick, self.ticks)
         places = self.places[reading % self.parts]
-        chosen = self.chosen(step)
+        own = self._images(step, places)
         if self.targets:
-            own = [of_pool[chosen[places]].to(self.device) for of_pool in self.targets]
-            return self._images(chosen[places]), *own
+            chosen = self.chosen(step)[places]
+            return *own, *(self._on_device(of_pool[chosen]) for of_pool in self.targets)
         if self.order is None or reading >= self.parts:  # the slow copy sees them once
-            return (self._images(chosen[places]),)
-        return self._images(chosen[places]), self._images(chosen[self.order[places]])
+            return own
+        return *own, *self._images(step, self.order[places])
 
     def labels_of(self, step: int) -> Tensor | None:
         """The labels [batch_size] of the whole batch of a step, where there are any."""
         if self.labels is None:
             return None
-        return self.labels[self.chosen(step)].to(self.device, non_blocking=True)
+        return self._on_device(self.labels[self.chosen(step)])
 
     def inputs(self, fetched: Fetched, tick: int, resolution: int) -> tuple[object, ...]:
         """The module's arguments: augmented, normalized, in the layout convolutions like."""
-        images, *others = fetched
-        step, reading = divmod(tick, self.ticks)
-        places = self.places[reading % self.parts]
+        images, drawn, *others = fetched
         if self.targets:
-            return self._views(images, step, places, resolution, [0])[0], *others
+            return self._views(images, drawn, resolution, [0])[0], *others
+        reading = tick % self.ticks
         queried, keyed = None, list[int]()
         if self.method is not None:
             queried, keyed = self.method.queried, list(self.method.keyed)
         queried = list(range(self.count) if queried is None else queried)
         if others:
-            assert self.order is not None
-            views = self._views(images, step, places, resolution, queried)
-            return views, self._views(others[0], step, self.order[places], resolution, keyed)
+            views = self._views(images, drawn, resolution, queried)
+            return views, self._views(others[0], others[1], resolution, keyed)
         if reading >= self.parts or self.order is not None:
-            return self._views(images, step, places, resolution, queried), []
+            return self._views(images, drawn, resolution, queried), []
         needed = sorted({*queried, *keyed})
-        made = dict(zip(needed, self._views(images, step, places, resolution, needed), strict=True))
+        made = dict(zip(needed, self._views(images, drawn, resolution, needed), strict=True))
         return [made[k] for k in queried], [made[k] for k in keyed]
 
-    def _images(self, chosen: npt.NDArray[np.int64]) -> Tensor:
-        images = torch.from_numpy(self.pool.gather(chosen))
+    def _images(self, step: int, places: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        images = torch.from_numpy(self.pool.gather(self.chosen(step)[places]))
+        u = _uniforms(self.seed, step, self.batch_size, self.count)[:, places]
+        return self._on_device(images), self._on_device(self.make.draw(u, *images.shape[1:3]))
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        """A copy that nothing waits for."""
         if self.device.type == "cuda":
-            images = images.pin_memory()
-        return images.to(self.device, non_blocking=True)
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _views(
-        self,
-        images: Tensor,
-        step: int,
-        places: npt.NDArray[np.int64],
-        resolution: int,
-        only: list[int],
+        self, images: Tensor, drawn: Tensor, resolution: int, only: list[int]
     ) -> list[Tensor]:
-        u = _uniforms(self.seed, step, self.batch_size, self.count)[:, places]
-        views = self.make(images, u, resolution, only)
+        views = self.make(images, drawn, resolution, only)
         return [v.contiguous(memory_format=torch.channels_last) for v in views]
 
 

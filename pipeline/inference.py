@@ -88,8 +88,8 @@ def predict(
 
     with progress(what, mine.stop - mine.start, "images") as advance:
         for start, images in zip(starts, prefetch(fetch, 0, len(starts)), strict=True):
-            u = uniforms(0, 0, len(images), 1)
-            x = whole(images, u, size)[0]
+            drawn = whole.draw(uniforms(0, 0, len(images), 1), *images.shape[1:3])
+            x = whole(images, drawn.to(device), size)[0]
             x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 y = model(x).float()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,12 @@ Limits = Sequence[Range]
 Uniforms = npt.NDArray[np.float32]
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow and torchvision
 CROP_TRIES = 10  # as in torchvision's RandomResizedCrop
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Copied to the device once: every copy from the host makes it wait for all that is queued."""
+    return torch.tensor(values, device=device)
 
 
 def between(u: Uniforms, low_high: Range) -> Uniforms:
@@ -115,7 +122,7 @@ def color_steps(factors: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     [4, b, 3, 3] and the shares [4, b, 1] of the mean gray that a step adds (for contrast).
     """
     b, device = len(factors), factors.device
-    luma, eye = torch.tensor(_LUMA, device=device), torch.eye(3, device=device)
+    luma, eye = _constant(_LUMA, device), torch.eye(3, device=device)
     bright, contrast, saturation, turns = factors.T[:, :, None, None]
     hue = hue_matrices(turns.view(b))
     maps = [bright * eye, contrast * eye, saturation * eye + (1 - saturation) * luma, hue]
@@ -125,7 +132,9 @@ def color_steps(factors: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     return matrices.transpose(0, 1), pivots.T[:, :, None]
 
 
-def color_maps(factors: Tensor, order: Tensor, gray: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+def color_maps(
+    factors: Tensor, order: Tensor, gray: Tensor, std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """All color operations as two maps of images x [b, 3, n], to be clamped after each of them.
 
     Returns (A, B), both [b, 2, 3, 3].  The first map is A x + B m, where m [b, 3, 1] is the mean
@@ -133,13 +142,15 @@ def color_maps(factors: Tensor, order: Tensor, gray: Tensor, std: Tensor) -> tup
     makes gray where `gray` [b] is 1: A x + B m - mean / std.
     """
     matrices, pivots = color_steps(factors, order)
-    luma, eye = torch.tensor(_LUMA, device=gray.device), torch.eye(3, device=gray.device)
+    luma, eye = _constant(_LUMA, gray.device), torch.eye(3, device=gray.device)
     to_gray = gray[:, None, None] * luma + (1 - gray[:, None, None]) * eye
-    last = torch.stack([(eye / 255).expand_as(to_gray), to_gray / std[:, None]])
+    last = torch.stack(
+        [(eye / 255).expand_as(to_gray), to_gray / _constant((*std,), gray.device)[:, None]]
+    )
     # two steps at once: the first ones of both maps, then the second ones
-    first, second = matrices[[0, 2]], matrices[[1, 3]]
-    mixed = pivots[[0, 2], :, :, None] * luma.expand_as(first)
-    mean_gray = pivots[[1, 3], :, :, None] * (luma @ (first + mixed))[:, :, None]
+    first, second = matrices[::2], matrices[1::2]
+    mixed = pivots[::2, :, :, None] * luma.expand_as(first)
+    mean_gray = pivots[1::2, :, :, None] * (luma @ (first + mixed))[:, :, None]
     a, m = last @ second @ first, last @ (second @ mixed + mean_gray)
     return a.transpose(0, 1), m.transpose(0, 1)
 
@@ -151,7 +162,7 @@ def recolor(x: Tensor, spare: Tensor, of_pixel: Tensor, of_mean: Tensor, limits:
     """
     first = of_mean[:, 0] @ x.mean(2, keepdim=True)
     torch.baddbmm(first, of_pixel[:, 0], x, out=spare).clamp_(0, 1)
-    shift = torch.tensor([low for low, _ in limits], device=x.device)[:, None]
+    shift = _constant(tuple(low for low, _ in limits), x.device)[:, None]
     second = of_mean[:, 1] @ spare.mean(2, keepdim=True) + shift
     torch.baddbmm(second, of_pixel[:, 1], spare, out=x)
     for channel, (low, high) in zip(x.unbind(1), limits, strict=True):

@@ -39,6 +39,8 @@ from pipeline.view_maps import (
 
 _PIECE = 32  # images that stay in the cache of a CPU core
 _DRAWS, _MORE = 43, 5  # uniform numbers per image and view, those of erasing after the others
+_NUMBERS = {"boxes": 4, "flip": 1, "factors": 4, "order": 4, "gray": 1, "sigma": 1, "degrees": 1}
+_NUMBERS |= {"solarize": 1, "erased": 4}  # of each of the `parameters`
 
 
 @dataclass(frozen=True)
@@ -199,23 +201,29 @@ class Views:
         self.limits = [(-m / s, (1 - m) / s) for m, s in zip(mean, std, strict=True)]
         self.held = dict[str, Tensor]()
 
+    def draw(self, u: Uniforms, height: int, width: int) -> Tensor:
+        """What is random in the views of images of this size, from `uniforms`: [v, b, numbers]."""
+        drawn = [parameters(view, u[k], height, width) for k, view in enumerate(self.views)]
+        of_view = [[p[name].reshape(u.shape[1], -1) for name in _NUMBERS] for p in drawn]
+        return torch.from_numpy(np.stack([np.hstack(p, dtype=np.float32) for p in of_view]))
+
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, u: Uniforms, size: int, only: Sequence[int] | None = None
+        self, images: Tensor, drawn: Tensor, size: int, only: Sequence[int] | None = None
     ) -> list[Tensor]:
         """A uint8 batch [b, h, w, 3] as normalized views, each [b, 3, s, s], where s is `size`
         times the view's own.
 
-        `u` is [v, b, draws] from `uniforms`, where v is the number of views; `only` names those
-        that are made.  On a CPU a batch goes through in pieces that stay in the cache.
+        `drawn` is from `draw`, on the device of the images; `only` names the views that are made.
+        On a CPU a batch goes through in pieces that stay in the cache.
         """
         self.device, b = images.device, len(images)
         dtype = self.dtype or matmul_dtype(self.device)
         chosen = range(len(self.views)) if only is None else only
         views = [self.views[k] for k in chosen]
         sizes = [view.pixels(size) for view in views]
-        drawn = [
-            self._maps(v, u[k], images, s) for k, v, s in zip(chosen, views, sizes, strict=True)
+        maps_of = [
+            self._maps(v, drawn[k], images, s) for k, v, s in zip(chosen, views, sizes, strict=True)
         ]
         results = [
             self._memory(f"view {k}", dtype, b, 3, s, s) for k, s in zip(chosen, sizes, strict=True)
@@ -225,7 +233,7 @@ class Views:
             part = slice(start, start + piece)
             planar = _planar(images[part])
             planes = self._memory("planes", dtype, *planar.shape).copy_(planar)
-            for view, maps, s, result in zip(views, drawn, sizes, results, strict=True):
+            for view, maps, s, result in zip(views, maps_of, sizes, results, strict=True):
                 own = {k: t[part] for k, t in maps.items()}
                 result[part] = self._augment(planes, view, own, s)
         return results
@@ -237,22 +245,20 @@ class Views:
             self.held[name] = torch.empty(size, dtype=torch.uint8, device=self.device)
         return self.held[name][:size].view(dtype).view(shape)
 
-    def _maps(self, view: View, u: Uniforms, images: Tensor, size: int) -> dict[str, Tensor]:
+    def _maps(self, view: View, drawn: Tensor, images: Tensor, size: int) -> dict[str, Tensor]:
         """What the maps of one view are made from, for each image of a batch."""
-        (_, height, width, _), device = images.shape, self.device
-        drawn = parameters(view, u, height, width)
-        p = {k: torch.from_numpy(v).to(device, non_blocking=True) for k, v in drawn.items()}
+        _, height, width, _ = images.shape
+        parts = zip(_NUMBERS, drawn.split([*_NUMBERS.values()], 1), strict=True)
+        p = {name: part if part.shape[1] > 1 else part[:, 0] for name, part in parts}
         top, left, crop_height, crop_width = p["boxes"].unbind(1)
-        maps = {name: p[name] for name in ("solarize", "degrees", "erased")}
+        maps = {"solarize": p["solarize"] > 0, "degrees": p["degrees"], "erased": p["erased"]}
         maps["row_in"], maps["row_out"] = resize_grid(top, crop_height, height, size)
-        maps["column_in"], maps["column_out"] = resize_grid(
-            left, crop_width, width, size, p["flip"]
-        )
+        columns = resize_grid(left, crop_width, width, size, p["flip"] > 0)
+        maps["column_in"], maps["column_out"] = columns
         if view.blur_p:
             maps["blur"] = blur_integrals(p["sigma"], size)
-        std = torch.tensor(self.std, device=device)
-        maps["of_pixel"], maps["of_mean"] = color_maps(p["factors"], p["order"], p["gray"], std)
-        return maps
+        colors = color_maps(p["factors"], p["order"].long(), p["gray"], self.std)
+        return maps | dict(zip(("of_pixel", "of_mean"), colors, strict=True))
 
     def _augment(self, planes: Tensor, view: View, maps: dict[str, Tensor], size: int) -> Tensor:
         """One view of planes [b, h, 3, w] (0 to 255) as normalized float32 [b, 3, size, size]."""

@@ -117,6 +117,12 @@ def test_reduced_batch_norm_keeps_what_timm_fuses_into_the_layer() -> None:
     torch.testing.assert_close(reduced(x), layer(x))
 
 
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More processes than most machines have GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 STAGE = ["--pretrain.steps", "4", "--pretrain.precision", "no", "--pretrain.log_steps", "1"]
 STAGE += ["--pretrain.batch_size", "16", "--pretrain.optimizer.lr", "0.01"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]

@@ -235,8 +235,9 @@ def transform(folder: Path, resolution: int, image: Image.Image) -> torch.Tensor
 def pipelines(image: Image.Image, resolution: int) -> torch.Tensor:
     """What the pipeline makes of the image, packed."""
     pixels = torch.from_numpy(np.array(image))[None]
-    u = uniforms(0, 0, 1, 1)
-    return Views([WHOLE], MEAN, STD, torch.float32)(pixels, u, resolution)[0][0]
+    whole = Views([WHOLE], MEAN, STD, torch.float32)
+    drawn = whole.draw(uniforms(0, 0, 1, 1), *pixels.shape[1:3])
+    return whole(pixels, drawn, resolution)[0][0]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "1", "I;16"])

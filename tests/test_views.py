@@ -36,7 +36,7 @@ def smooth_images(n: int = 6, size: int = 48) -> np.ndarray:
 def one_view(images: np.ndarray, spec: View, size: int, seed: int = 0) -> tuple[torch.Tensor, dict]:
     u = uniforms(seed, 3, len(images), 1)
     make = Views([spec], (0, 0, 0), (1, 1, 1), torch.float32)
-    x = make(torch.from_numpy(images), u, size)
+    x = make(torch.from_numpy(images), make.draw(u, *images.shape[1:3]), size)
     return x[0], parameters(spec, u[0], *images.shape[1:3])
 
 
@@ -67,9 +67,10 @@ def test_odd_batches_in_pieces_equal_single_images() -> None:
     images, spec = smooth_images(35, 24), View()
     u = uniforms(1, 2, 35, 2)
     make = Views([spec], (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), torch.float32)
-    together = [x.clone() for x in make(torch.from_numpy(images), u, 16)]
+    drawn = make.draw(u, 24, 24)
+    together = [x.clone() for x in make(torch.from_numpy(images), drawn, 16)]
     for k in (0, 31, 34):
-        alone = make(torch.from_numpy(images[k : k + 1]), u[:, k : k + 1], 16)
+        alone = make(torch.from_numpy(images[k : k + 1]), drawn[:, k : k + 1], 16)
         for a, b in zip(alone, together, strict=True):
             torch.testing.assert_close(a[0], b[k], rtol=1e-5, atol=1e-5)
 
@@ -210,7 +211,8 @@ def test_distribution_on_real_images_is_torchvisions(real_images: np.ndarray) ->
     spec = View(1)
     u = uniforms(0, 0, len(real_images), 1)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    ours = Views([spec], mean, std)(torch.from_numpy(real_images), u, 96)[0].float()
+    make = Views([spec], mean, std)
+    ours = make(torch.from_numpy(real_images), make.draw(u, 96, 96), 96)[0].float()
     p = parameters(spec, u[0], 96, 96)
     theirs = torch.stack([reference(real_images[k], p, k, 96) for k in range(len(real_images))])
     dims = (0, 2, 3)
@@ -249,12 +251,13 @@ def test_views_of_other_sizes_and_only_some() -> None:
     images = torch.randint(0, 256, (5, 20, 20, 3), dtype=torch.uint8)
     u = uniforms(0, 3, 5, 4)
     both = Views([View(2), View(2, size=0.5, crop_scale=(0.05, 0.3))], [0.5] * 3, [0.2] * 3)
-    made = [view.clone() for view in both(images, u, 16)]
+    drawn = both.draw(u, 20, 20)
+    made = [view.clone() for view in both(images, drawn, 16)]
     assert [tuple(view.shape) for view in made] == [(5, 3, 16, 16)] * 2 + [(5, 3, 8, 8)] * 2
-    small = Views([View(4, crop_scale=(0.05, 0.3))], [0.5] * 3, [0.2] * 3)(images, u, 8)
-    assert torch.equal(made[3], small[3])
-    assert torch.equal(both(images, u, 16, [3])[0], made[3])
-    two, none = both(images, u, 16, [2, 0]), both(images, u, 16, [])
+    small = Views([View(4, crop_scale=(0.05, 0.3))], [0.5] * 3, [0.2] * 3)
+    assert torch.equal(made[3], small(images, small.draw(u, 20, 20), 8)[3])
+    assert torch.equal(both(images, drawn, 16, [3])[0], made[3])
+    two, none = both(images, drawn, 16, [2, 0]), both(images, drawn, 16, [])
     assert torch.equal(two[0], made[2])
     assert torch.equal(two[1], made[0])
     assert none == []

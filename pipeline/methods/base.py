@@ -51,7 +51,7 @@ class Method(nn.Module):
         """The keyed views, of images in `target_order`, to targets [t, b, d]; no gradient."""
         raise NotImplementedError
 
-    def target_order(self, batch: int) -> Tensor | None:
+    def target_order(self, batch: int, device: torch.device | None = None) -> Tensor | None:
         """The order [batch] in which the images of a global batch come to `target`; None: as they
         are.
         """
@@ -67,9 +67,9 @@ class Method(nn.Module):
         """
         rows = projections if projections.itemsize >= 4 else projections.float()
         if targets is not None:
-            order = self.target_order(targets.shape[1])
+            order = self.target_order(targets.shape[1], targets.device)
             if order is not None:
-                targets = targets[:, order.argsort().to(targets.device, non_blocking=True)]
+                targets = targets[:, order.argsort()]
             rows = torch.cat([rows, targets.to(rows.dtype)])  # [v + t, B, d]
         shown = rows[:, :: -(-rows.shape[1] // SHOWN)].detach()
         # copies: the projections of a large batch go once they have their gradient

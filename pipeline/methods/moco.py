@@ -67,10 +67,10 @@ class MoCo(Method):
         encoder, projector = self.slow
         return F.normalize(torch.stack([projector(encoder(view)) for view in views]), dim=2)
 
-    def target_order(self, batch: int) -> Tensor | None:
+    def target_order(self, batch: int, device: torch.device | None = None) -> Tensor | None:
         if self.group == 1:
             return None
-        return (torch.arange(batch) % groups(batch, self.group)).argsort(stable=True)
+        return (torch.arange(batch, device=device) % groups(batch, self.group)).argsort(stable=True)
 
     def loss(self, projections: Tensor) -> Tensor:
         queries, keys = projections.tensor_split(2)  # each [1 or 2, B, d]
