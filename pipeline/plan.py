@@ -17,19 +17,21 @@ class Plan:
 
     resolutions: list[int]
     steps: list[int]
+    costs: list[float] | None = None
+    """Of a step at each, as calibrated; None takes its pixels."""
 
     @property
     def total(self) -> int:
         return sum(self.steps)
 
     def share(self, step: int) -> float:
-        """How much of the run's pixels, 0 to 1, is seen before `step`."""
-        pixels = [r * r for r in self.resolutions]
-        seen = 0
-        for size, steps in zip(pixels, self.steps, strict=True):
-            seen += size * min(step, steps)
+        """How much of the run's work, 0 to 1, is done before `step`."""
+        costs = self.costs or [float(r * r) for r in self.resolutions]
+        done = 0.0
+        for cost, steps in zip(costs, self.steps, strict=True):
+            done += cost * min(step, steps)
             step -= min(step, steps)
-        return seen / sum(s * n for s, n in zip(pixels, self.steps, strict=True))
+        return done / sum(c * n for c, n in zip(costs, self.steps, strict=True))
 
     def resolution(self, step: int) -> int:
         for size, steps in zip(self.resolutions, self.steps, strict=True):
@@ -51,7 +53,8 @@ def plan_steps(
         raise InputError("a budget is expected: epochs, steps or minutes, in the recipe's section")
     if config.minutes is not None:
         share = 60 * config.minutes / len(resolutions)
-        return Plan(resolutions, [max(1, round(share / seconds(r))) for r in resolutions])
+        costs = [seconds(r) for r in resolutions]
+        return Plan(resolutions, [max(1, round(share / cost)) for cost in costs], costs)
     total = config.steps or max(1, round(config.epochs * images / config.batch_size))
     ends = [round(total * (k + 1) / len(resolutions)) for k in range(len(resolutions))]
     return Plan(resolutions, [b - a for a, b in zip([0, *ends], ends, strict=False)])

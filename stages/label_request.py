@@ -10,6 +10,7 @@ Studio, label-studio/{images/N.png, config.xml, tasks.json} there.
 import hashlib
 import shlex
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,21 +57,24 @@ def run(
     files = [runs.require(folder / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
     inputs = [manifests / "contest.json", *answered, *files, *(logits if needed else [])]
     facts = runs.Run.of(entry / "label_request", plain, ("label_request",), inputs)
-    file = facts.folder / f"request_{c.team}.csv"
+    file, name = facts.folder / f"request_{c.team}.csv", type(strategy).__name__
+    look = partial(candidates_of, contest, folder, logits, answered, c.near_duplicate)
     if not force and facts.is_current():
+        if compare and not (facts.folder / "overlap.csv").is_file():  # it was made --alone
+            asked = read_request(file, contest.images("unlabeled"))
+            _compare(facts.folder, name, asked, look(), recipe.seed)
         runs.say(f"{file} is up to date (--force chooses anew); next: make import-labels")
     elif not force and file.is_file():
         if not _is_answered_in_part(file, contest, answered, format):
             return
     else:
-        candidates = candidates_of(contest, folder, logits, answered, c.near_duplicate)
+        candidates = look()
         runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
         request = choose(strategy, candidates, c.budget, recipe.seed)
         facts.begin()
         for picture in ("overlap.csv", "overlap.png", "classes.png"):  # not always made
             (facts.folder / picture).unlink(missing_ok=True)
         label_studio.forget_project(file)
-        name = type(strategy).__name__
         title = f"{c.budget:,} labels asked for by {name}"
         report(facts.folder, contest, candidates, request, recipe.seed, title)
         if compare:

@@ -102,10 +102,12 @@ def test_near_duplicates_are_not_asked_for(here: Path) -> None:
 
 
 def test_what_a_request_shows(here: Path) -> None:
-    """A row for each pick, and what the other strategies would have asked for."""
+    """A row for each pick, and what the other strategies would have asked for, also later on."""
     write_finetune()
-    rows = ask("--label_request.strategy", "MarginClusters", compare=True)
+    rows = ask("--label_request.strategy", "MarginClusters")
     folder = here / "runs/entry/label_request"
+    assert not (folder / "overlap.csv").exists()
+    assert ask("--label_request.strategy", "MarginClusters", compare=True) == rows
     with (folder / "picks.csv").open() as file:
         picks = list(csv.DictReader(file))
     assert [f"{pick['index']}.png," for pick in picks] == rows

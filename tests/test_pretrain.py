@@ -142,10 +142,10 @@ def test_plans_share_the_budget() -> None:
     assert plan == Plan([48, 64, 96], [10, 10, 10])
     recipe, _, _ = config.parse("", argv=["--pretrain.minutes=3"])
     plan = plan_steps(recipe.pretrain, 101, [48, 96], lambda r: r / 48)
-    assert plan == Plan([48, 96], [90, 45])
-    assert [plan.share(step) for step in (0, 90, 135)] == [0, 1 / 3, 1]
+    assert plan == Plan([48, 96], [90, 45], [1.0, 2.0])
     assert [plan.resolution(s) for s in (0, 89, 90, 134)] == [48, 48, 96, 96]
-    assert [plan.share(s) for s in (0, 90, 135)] == [0, 1 / 3, 1]
+    assert [plan.share(s) for s in (0, 90, 135)] == [0, 1 / 2, 1]
+    assert [Plan([48, 96], [90, 45]).share(s) for s in (0, 90, 135)] == [0, 1 / 3, 1]  # pixels
 
 
 def test_too_few_images_for_a_batch_are_one_clear_line(tiny_contest: Path) -> None:
