@@ -38,7 +38,7 @@ class _UniformPrior(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, row: float, column: float) -> Tensor:
         (v, b, _), k = rows.shape, len(weight)
-        w = _pair_weights(v, b, rows.device).to(rows.dtype)
+        w = _pair_weights(v, b, rows)
         blocks = weight.split(max(1, LOGITS // (v * b)))
 
         def logits() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -84,13 +84,13 @@ class _UniformPrior(torch.autograd.Function):
         return grad_output * of_rows, grad_output * of_weight, None, None
 
 
-def _pair_weights(views: int, images: int, device: torch.device) -> Tensor:
+def _pair_weights(views: int, images: int, like: Tensor) -> Tensor:
     """w [v, v]: one over what is averaged where i predicts j, 0 for a view with itself and for two
     local ones.
     """
-    view = torch.arange(views, device=device)
+    view = torch.arange(views, device=like.device)
     pairs = (view[:, None] != view) & ((view[:, None] < 2) | (view < 2))
-    return pairs.double() / (pairs.sum() * images)
+    return pairs.to(like.dtype) / (pairs.sum() * images)
 
 
 def _mixed(weights: Tensor, x: Tensor) -> Tensor:

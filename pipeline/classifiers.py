@@ -157,8 +157,8 @@ class Supervised(nn.Module):
         slow, fast = self.averaged.state_dict(), self.classifier.state_dict()
         floats = [k for k, v in slow.items() if v.is_floating_point()]
         torch._foreach_lerp_([slow[k] for k in floats], [fast[k] for k in floats], 1 - self.ema)
-        counts = [k for k in slow if k not in set(floats)]
-        torch._foreach_copy_([slow[k] for k in counts], [fast[k] for k in counts])
+        if counts := [k for k, v in slow.items() if not v.is_floating_point()]:  # of batch norm
+            torch._foreach_copy_([slow[k] for k in counts], [fast[k] for k in counts])
 
 
 def probe(

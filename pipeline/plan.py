@@ -31,7 +31,7 @@ class Plan:
         for cost, steps in zip(costs, self.steps, strict=True):
             done += cost * min(step, steps)
             step -= min(step, steps)
-        return done / sum(c * n for c, n in zip(costs, self.steps, strict=True))
+        return min(1.0, done / sum(c * n for c, n in zip(costs, self.steps, strict=True)))
 
     def resolution(self, step: int) -> int:
         for size, steps in zip(self.resolutions, self.steps, strict=True):

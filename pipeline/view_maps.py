@@ -20,8 +20,8 @@ CROP_TRIES = 10  # as in torchvision's RandomResizedCrop
 
 @lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Copied to the device once: every copy from the host makes it wait for all that is queued."""
-    return torch.tensor(values, device=device)
+    """Copied to the device once: such a copy waits for all that is queued there."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def between(u: Uniforms, low_high: Range) -> Uniforms:

@@ -59,10 +59,9 @@ def run(
     facts = runs.Run.of(entry / "label_request", plain, ("label_request",), inputs)
     file, name = facts.folder / f"request_{c.team}.csv", type(strategy).__name__
     look = partial(candidates_of, contest, folder, logits, answered, c.near_duplicate)
+    late = False
     if not force and facts.is_current():
-        if compare and not (facts.folder / "overlap.csv").is_file():  # it was made --alone
-            asked = read_request(file, contest.images("unlabeled"))
-            _compare(facts.folder, name, asked, look(), recipe.seed)
+        late = compare and not (facts.folder / "overlap.png").is_file()  # it was made --alone
         runs.say(f"{file} is up to date (--force chooses anew); next: make import-labels")
     elif not force and file.is_file():
         if not _is_answered_in_part(file, contest, answered, format):
@@ -88,6 +87,9 @@ def run(
         runs.say(f"wrote {file}, picks.csv and pictures{then}")
     if format == "label-studio":
         _write_project(file, contest)
+    if late:
+        asked = read_request(file, contest.images("unlabeled"))
+        _compare(facts.folder, name, asked, look(), recipe.seed)
 
 
 def _logits(entries: list[str], needed: bool) -> list[Path]:

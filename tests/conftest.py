@@ -28,6 +28,7 @@ SHAPES = ("disk", "square", "cross", "ring")
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # of which a GPU's figures would be too coarse
 
 
 @pytest.fixture(autouse=True)

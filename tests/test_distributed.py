@@ -117,10 +117,15 @@ def test_reduced_batch_norm_keeps_what_timm_fuses_into_the_layer() -> None:
     torch.testing.assert_close(reduced(x), layer(x))
 
 
-@pytest.fixture(autouse=True)
-def _no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More processes than most machines have GPUs."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+@pytest.fixture
+def run_stage(run_stage):  # type: ignore[no-untyped-def]
+    """On the CPU: these are more processes than most machines have GPUs."""
+
+    def run(*words, environment: dict[str, str] | None = None, **options):  # type: ignore[no-untyped-def]
+        environment = {"CUDA_VISIBLE_DEVICES": ""} | (environment or {})
+        return run_stage(*words, environment=environment, **options)
+
+    return run
 
 
 STAGE = ["--pretrain.steps", "4", "--pretrain.precision", "no", "--pretrain.log_steps", "1"]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pipeline import InputError, config, runs
 from pipeline.checkpoint import load_tensors, load_torch
@@ -91,7 +92,7 @@ def test_images_may_be_classified_larger_than_trained_with(pretrained: Path) -> 
             whole(pixels, whole.draw(uniforms(0, 0, 3, 1), *pixels.shape[1:3]), 48)[0]
         )
     kept = np.load(folder / "logits" / "val.npy")[:3]
-    np.testing.assert_allclose(logits.numpy(), kept, rtol=5e-3, atol=5e-3)  # TF32 on a GPU
+    np.testing.assert_allclose(logits.numpy(), kept, rtol=1e-3, atol=1e-3)
 
 
 def test_rounds_follow_the_label_files(pretrained: Path) -> None:
@@ -140,6 +141,8 @@ def test_the_backbone_has_its_own_rate_and_ema_lags() -> None:
     module.after_update(0.0)
     got = module.final().head.weight
     torch.testing.assert_close(got, start + 0.1)  # type: ignore[arg-type]
+    bare = Supervised(Classifier(nn.Flatten(), nn.Linear(12, 3)), 3, ema=0.9)
+    bare.after_update(0.0)  # no batch norm, so nothing but floats
     freeze(encoder, "last", 2)
     free = {n.split(".")[0] for n, p in encoder.named_parameters() if p.requires_grad}
     assert free == {"layer3", "layer4"}

@@ -87,7 +87,7 @@ class Method(nn.Module):
         `keys`, `views` are all views of one process's whole batch.
         """
         if keys is None:
-            order = self.target_order(len(views[0])) if self.keyed else None
+            order = self.target_order(len(views[0]), views[0].device) if self.keyed else None
             keys = [views[k] if order is None else views[k][order] for k in self.keyed]
             views = views if self.queried is None else [views[k] for k in self.queried]
         projections = gather(self.project(views), dim=1)
