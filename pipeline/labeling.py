@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.special import softmax
 
 from pipeline import InputError, runs
 from pipeline.checkpoint import load_torch
 from pipeline.figures import AMBER, BLUE, GREEN, INK, SOFT, house_axes, save_figure
 from pipeline.finetuning import rows_of
 from pipeline.manifest import Contest, Integers, Manifest, read_manifest
-from pipeline.metrics import fit_temperature
+from pipeline.metrics import chunks, fit_temperature
 from pipeline.pseudo_labels import Evidence, Predictor
 from pipeline.selection import eligible
 
@@ -74,13 +76,25 @@ def evidence_of(
             rows_of(latest / "logits", held, contest.classes, "make finetune"), held.label
         )
         logits /= temperature
-    if not predictor.uses_embeddings:
+    if not predictor.space:
         none = np.empty((0, 0), np.float32)
         return Evidence(logits, none, none, known.label[:0]), temperature
+    if predictor.space == "predictions":
+        of_known = rows_of(latest / "logits", known, contest.classes, "make finetune")
+        of_known /= temperature or 1.0
+        return Evidence(logits, _roots(logits), _roots(of_known), known.label), temperature
     folder = runs.finished(entry / "embeddings", "make embed")
     width = np.load(folder / "train.npy", mmap_mode="r").shape[1]
     x, labeled = (rows_of(folder, m, width, "make embed") for m in (both, known))
     return Evidence(logits, x, labeled, known.label), temperature
+
+
+def _roots(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Square roots [n, classes] of the probabilities, rows of unit length, in bounded memory."""
+    out = np.empty_like(logits)
+    for rows in chunks(*logits.shape):
+        out[rows] = np.sqrt(softmax(logits[rows], axis=1))
+    return out
 
 
 def true_labels(contest: Contest) -> Integers | None:

@@ -1,5 +1,7 @@
 """Label propagation on a graph of nearest neighbors, a block of classes at a time."""
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix, diags
@@ -17,8 +19,6 @@ _NUMBERS = 1 << 24  # of a block of classes, over all images
 
 
 class Propagation(Predictor):
-    uses_embeddings = True
-
     def __init__(
         self,
         neighbors: int = 50,
@@ -27,15 +27,15 @@ class Propagation(Predictor):
         iterations: int = 20,
         prior: float = 0.0,
         balanced: bool = True,
-        centered: bool = False,
+        space: Literal["embeddings", "predictions"] = "embeddings",
+        certainty: Literal["entropy", "largest"] = "entropy",
     ) -> None:
         """Labels diffuse over the graph of nearest neighbors; an image is as sure as the entropy of
         what reaches it is low (Iscen et al., arXiv 1904.04717, section 3.2, equations 9 to 12).
 
         Solves (I - alpha S) Z = Y by conjugate gradient, S the normalized affinity.  A row of Y is
-        an image's label or, times `prior`, the classifier's probabilities.  An image is as sure as
-        1 less the entropy of its row of Z over its maximum; one that nothing reaches is not sure.
-        Memory grows with the images, not with the classes.
+        an image's label or, times `prior`, the classifier's probabilities.  An image that nothing
+        reaches is not sure.  Memory grows with the images, not with the classes.
 
         Args:
             neighbors: of an image in the graph.
@@ -46,8 +46,10 @@ class Propagation(Predictor):
                 the classifier out.
             balanced: every class has as much to give in total, as in class mass normalization (Zhu
                 et al., 2003).
-            centered: the mean of all embeddings is taken away from each, which tells apart images
-                whose cosines are all near 1.
+            space: where neighbors are near: in the pretrained encoder's embeddings, or in the
+                classifier's probabilities, by Bhattacharyya's coefficient.
+            certainty: an image is as sure as 1 less the entropy of its row of Z over the largest
+                possible, as in the paper, or as the largest part of that row.
         """
         for name, value, least in (
             ("neighbors", neighbors, 1),
@@ -60,15 +62,12 @@ class Propagation(Predictor):
         if not 0 <= alpha < 1:
             raise InputError(f"Propagation: alpha is {alpha}; from 0 to below 1 is expected")
         self.neighbors, self.gamma, self.alpha = neighbors, gamma, alpha
-        self.iterations, self.prior = iterations, prior
-        self.balanced, self.centered = balanced, centered
+        self.iterations, self.prior, self.balanced = iterations, prior, balanced
+        self.space, self.certainty = space, certainty
 
     def __call__(self, evidence: Evidence) -> tuple[Ints, Floats]:
         n, classes = evidence.logits.shape
         x = np.concatenate([evidence.x, evidence.labeled])
-        if self.centered:
-            x -= x.mean(0)
-            x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         s = affinity(x, self.neighbors, self.gamma)
         best, highest = np.zeros(n, np.int64), np.full(n, -1.0)
         total, product = np.zeros(n), np.zeros(n)
@@ -93,8 +92,12 @@ class Propagation(Predictor):
                 advance(len(block))
         reached = total > 0
         with np.errstate(divide="ignore", invalid="ignore"):
-            entropy = np.log(total) - product / total  # of z / total
-        sure = np.where(reached, 1 - entropy / np.log(max(classes, 2)), 0)
+            if self.certainty == "largest":
+                sure = highest / total
+            else:
+                entropy = np.log(total) - product / total  # of z / total
+                sure = 1 - entropy / np.log(max(classes, 2))
+        sure = np.where(reached, sure, 0)
         return best, np.clip(sure, 0, 1).astype(np.float32)
 
 

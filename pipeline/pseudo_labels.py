@@ -1,7 +1,7 @@
 """Labels for unlabeled images: who predicts them, and which predictions are taken."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,8 @@ Ints = npt.NDArray[np.int64]
 @dataclass(frozen=True)
 class Evidence:
     """What is known of images without a label: `logits` [n, classes] of the classifier, calibrated
-    where labels were held out, and, for who asks for them, embeddings `x` [n, d] of unit length,
-    with those of the `labeled` images [l, d] and their `labels` [l].
+    where labels were held out, and, for who asks for them, vectors `x` [n, d] of unit length, with
+    those of the `labeled` images [l, d] and their `labels` [l].
     """
 
     logits: Floats
@@ -30,8 +30,10 @@ class Evidence:
 class Predictor:
     """One way to predict; a subclass is found by its name."""
 
-    uses_embeddings = False
-    """Whether it looks at `Evidence.x`; if not, that is empty."""
+    space: Literal["", "embeddings", "predictions"] = ""
+    """What `Evidence.x` is: nothing, the pretrained encoder's embeddings, or the square roots of
+    the classifier's probabilities, whose products are Bhattacharyya coefficients.
+    """
 
     def __call__(self, evidence: Evidence) -> tuple[Ints, Floats]:
         """The likeliest label [n] of every image and how sure it is [n], from 0 to 1."""

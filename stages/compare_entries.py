@@ -30,11 +30,23 @@ from pipeline.machine import processor
 AFTER = ("finetune", "pseudo_label")  # sections that decide a record, beside the pretraining's
 
 
-def read(file: Path, base: Path | None, encoder: str | None, records: Path) -> Entrant:
-    """The recipe in `file`, over that of `base`, from the encoder of an entry, where there are."""
+def read(
+    file: Path, base: Path | None, encoder: str | None, minutes: float | None, records: Path
+) -> Entrant:
+    """The recipe in `file`, over that of `base`, from the encoder of an entry, where there are.
+
+    With `minutes` those are the minutes of fine-tuning of `base`; others keep their part of it.
+    """
     name = f"{base.stem}-{file.stem}" if base else file.stem
     words = [word for f in (base, file) if f for word in ("--recipe", str(f))]
     recipe, _, _ = config.parse("", argv=words)
+    if minutes is not None:
+        whole = base and config.parse("", argv=["--recipe", str(base)])[0].finetune.minutes
+        if not whole or not recipe.finetune.minutes:
+            raise InputError(
+                f"--minutes: finetune.minutes is expected in --base, and kept or changed in {file}"
+            )
+        words += ["--finetune.minutes", f"{minutes * recipe.finetune.minutes / whole:g}"]
     # labels that other entries of the contest asked for are no part of the comparison
     named = [m for m in recipe.finetune.manifests if m != "requested"]
     words += ["--finetune.manifests", f"[{', '.join(named)}]"]
@@ -67,7 +79,7 @@ def forget_rounds(folder: Path) -> None:
 def run_one(encoder: str | None, entrant: Entrant, seed: int) -> None:
     """Every stage that the entry needs, in order, and the record of what they wrote."""
     folder = runs.entry_folder(entrant.entry(seed))
-    embeds = pseudo(entrant) and entrant.recipe.pseudo_label.predictor().uses_embeddings
+    embeds = pseudo(entrant) and entrant.recipe.pseudo_label.predictor().space == "embeddings"
     if encoder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         for link in (folder / "pretrain", folder / "embeddings"):
@@ -107,7 +119,7 @@ def run_peer(command: str, seed: int, file: Path) -> None:
 
 def run(a: Namespace, command: str) -> None:
     """Every recipe and peer with every seed, and the table as it grows."""
-    all_of = [read(file, a.base, a.encoder, a.records) for file in a.recipes]
+    all_of = [read(file, a.base, a.encoder, a.minutes, a.records) for file in a.recipes]
     comparison.of_one_contest([e.contest.name for e in all_of])
     target = "compare-finetunings" if a.encoder else "compare-entries"
     peers = [a.records / f"peer-{a.recipes[0].stem}-s{seed}.json" for seed in range(a.seeds)]
@@ -139,6 +151,9 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("recipes", type=Path, nargs="+", help="the control first")
     parser.add_argument("--base", type=Path, help="recipe that they change")
     parser.add_argument("--encoder", help="entry whose encoder they start from")
+    parser.add_argument(
+        "--minutes", type=float, help="of the base's fine-tuning; others keep their part of it"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each")
     parser.add_argument("--peer", default="", help="command of a peer")
     parser.add_argument("--records", type=Path, default=Path("docs/entries"), help="folder")

@@ -24,7 +24,10 @@ PREDICTORS: dict[str, Predictor] = {
     "arg-max": Softmax(),
     "graph": Propagation(),
     "graph, classes not balanced": Propagation(balanced=False),
-    "graph and classifier": Propagation(alpha=0.5, prior=1.0, centered=True),
+    "graph and classifier": Propagation(alpha=0.5, prior=1.0, certainty="largest"),
+    "graph of predictions and classifier": Propagation(
+        20, alpha=0.5, prior=1.0, space="predictions", certainty="largest"
+    ),
 }
 
 

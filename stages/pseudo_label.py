@@ -88,7 +88,7 @@ def _facts(contest: Contest, entry: Path, recipe: Recipe, plain: dict[str, Any])
     inputs = [contest.folder / "contest.json", *_requested(recipe, contest)]
     inputs += [latest / name for name in ("logits/unlabeled.npy", "trained_on.csv", "holdout.csv")]
     inputs = [runs.require(file, "make finetune") for file in inputs]
-    if recipe.pseudo_label.predictor().uses_embeddings:
+    if recipe.pseudo_label.predictor().space == "embeddings":
         folder = runs.finished(entry / "embeddings", "make embed")
         inputs += [runs.require(folder / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
     return runs.Run.of(entry, plain, ("pseudo_label",), inputs).facts

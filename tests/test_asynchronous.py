@@ -5,6 +5,7 @@ seen by a dispatch mode.
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pipeline.batches import prefetch
 from pipeline.classifiers import Classifier, Supervised
 from pipeline.consistency import FixMatch, FreeMatch, SemiSupervised
 from pipeline.feed import Feed, JoinedFeed
+from pipeline.machine import make_accelerator
+from pipeline.optim import Optimizer, build_optimizer
 from pipeline.packed import Pool
 from pipeline.supervision import SupervisedContrast
+from pipeline.trainer import Trainer
 from pipeline.views import View
 from tests.small_methods import VARIANTS, SmallEncoder, built, feed_of
 
@@ -121,6 +126,27 @@ def test_fine_tuning_waits_for_nothing(
     loss.begin(torch.ones(3) / 3)
     both = JoinedFeed(own, Feed(pool, [View(1), EVERYTHING], 16, *further))
     assert copies_of(both, SemiSupervised(classifier, 3, loss, **options)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is expected")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nothing_waits_on_a_gpu(variant: str, tmp_path: Path) -> None:
+    """The whole step, fetching and the optimizer too, where CUDA itself says what waits."""
+    method, accelerator = built(variant).float(), make_accelerator("no", tmp_path)
+    feed = feed_of(variant, method, 8, 0, 1)
+    feed.device = accelerator.device
+    optimizer = build_optimizer(Optimizer(), {method: 1.0}, 8)
+    trainer = Trainer(method, optimizer, accelerator, tmp_path, {}, feed, lambda _: 0.1)
+    fetched = prefetch(feed.fetch, 0, 4)
+    for step in range(4):
+        if step == 2:  # constants are there
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.step(fetched, step, 16, step / 4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert trainer._losses[:4].isfinite().all()
 
 
 def test_a_copy_is_seen() -> None:

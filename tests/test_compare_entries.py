@@ -143,7 +143,7 @@ def test_answers_to_other_entries_take_no_part_and_named_files_count(calls: list
     file.write_text(BASE.replace("manifests: [train]", "manifests: [train, requested, more.csv]"))
 
     def read() -> entrants.Entrant:
-        return compare_entries.read(file, None, None, Path("docs/entries"))
+        return compare_entries.read(file, None, None, None, Path("docs/entries"))
 
     with pytest.raises(InputError, match=r"^asks.yaml: more.csv is among finetune.manifests"):
         read()
@@ -152,6 +152,22 @@ def test_answers_to_other_entries_take_no_part_and_named_files_count(calls: list
     before = read().facts(0)
     more.write_text("split,index,label\nunlabeled,3,2\n")
     assert read().facts(0) != before
+
+
+def test_minutes_are_those_of_the_base_and_others_keep_their_part() -> None:
+    base = Path("long.yaml")
+    base.write_text(BASE.replace("finetune: {steps: 3", "finetune: {minutes: 15"))
+    files = {"own": {}, "half": {"minutes": 7.5}}
+    for name, changed in files.items():
+        Path(f"{name}.yaml").write_text(f"finetune: {changed}")
+
+    def minutes(name: str, over: Path) -> float | None:
+        read = compare_entries.read(Path(f"{name}.yaml"), over, None, 2.0, Path("docs/entries"))
+        return read.recipe.finetune.minutes
+
+    assert [minutes(name, base) for name in files] == [2, 1]
+    with pytest.raises(InputError, match=r"^--minutes: finetune.minutes is expected in --base"):
+        minutes("own", Path("base.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import InputError, runs
+from pipeline import InputError, labeling, metrics, runs
 from pipeline.manifest import read_manifest
 from stages import finetune, pseudo_label
 from tests.fake_run import (
@@ -118,6 +118,27 @@ def test_labels_propagate_over_the_embeddings(here: Path) -> None:
     Path("runs/entry/embeddings/train.npy").unlink()
     with pytest.raises(InputError, match=r"train.npy is not there; `make embed` makes it"):
         start(pseudo_label, *options)
+
+
+def test_labels_propagate_over_the_predictions_without_embeddings(here: Path) -> None:
+    write_finetune()
+    for split in ("train", "unlabeled"):
+        Path(f"runs/entry/embeddings/{split}.npy").unlink()
+    options = [f"--pseudo_label.predictor.{word}" for word in ("neighbors=8", "space=predictions")]
+    start(pseudo_label, "--pseudo_label.predictor=Propagation", *options)
+    manifest = read_manifest(Path("runs/entry/pseudo-1.csv"))
+    true = [label("unlabeled", k) for k in manifest.index]
+    assert len(true) >= 4
+    assert np.mean(manifest.label == true) > 0.8
+
+
+def test_probabilities_become_vectors_of_unit_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
+    monkeypatch.setattr(metrics, "_CELLS", 10)  # two rows at a time
+    roots = labeling._roots(logits)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    np.testing.assert_allclose(roots @ roots.T, np.sqrt(p) @ np.sqrt(p).T, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(roots, axis=1), 1, atol=1e-6)
 
 
 def test_a_rehearsal_tells_the_true_precision(
