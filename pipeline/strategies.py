@@ -182,9 +182,9 @@ class Hybrid(Strategy):
 
             Σ_i (1 - margin_i)^uncertainty · max over j in S and the labeled of k(i, j),
 
-        the weighted facility location of a kernel k that falls from 1 to 0 between a cosine of 1
-        and that of the 50th neighbor (the median of all).  Greedy choice is within 1 - 1/e of the
-        best (Nemhauser et al., 1978).
+        the uncertainty coverage of arXiv 2412.20644 (section 3) or weighted facility location, of
+        a kernel k that falls from 1 to 0 between a cosine of 1 and that of the 50th neighbor (the
+        median of all).  Greedy choice is within 1 - 1/e of the best (Nemhauser et al., 1978).
 
         Args:
             uncertainty: how much more an unsure image counts; 0 leaves the classifier out.

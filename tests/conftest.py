@@ -102,13 +102,19 @@ def tiny_contest(contest_folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.fixture(scope="session")
-def real_images() -> np.ndarray:
-    """400 photographs [400, 96, 96, 3] uint8 of mini98; skips where ../shared is absent."""
+def mini98() -> Path:
+    """The archive of photographs; skips where it is absent."""
     archive = SHARED / "data" / "mini98.tar.gz"
     if not archive.is_file():
         pytest.skip(f"no {SHARED.name}/data/mini98.tar.gz beside the project")
+    return archive
+
+
+@pytest.fixture(scope="session")
+def real_images(mini98: Path) -> np.ndarray:
+    """400 photographs [400, 96, 96, 3] uint8."""
     pictures = []
-    with tarfile.open(archive) as tar:
+    with tarfile.open(mini98) as tar:
         for k, member in enumerate(m for m in tar if m.isfile()):
             if k % 10 == 0:
                 with Image.open(tar.extractfile(member)) as image:  # type: ignore[arg-type]

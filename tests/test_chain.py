@@ -88,10 +88,10 @@ def check(folder: Path, root: Path, least: float) -> None:
         assert json.loads(done.stdout.splitlines()[-1])["accuracy"] == card["val_top1"]
 
 
-def photographs(shared: Path, images: Path) -> Path:
+def photographs(mini98: Path, images: Path) -> Path:
     """Four classes of mini98 as an image folder."""
     wanted = {"n01532829", "n01704323", "n02074367", "n01930112"}
-    with tarfile.open(shared / "data" / "mini98.tar.gz") as tar:
+    with tarfile.open(mini98) as tar:
         for member in tar:
             parts = Path(member.name).parts
             if len(parts) > 2 and parts[-2] in wanted:
@@ -107,8 +107,8 @@ def test_generated_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     check(enter("synthetic", root), root, 25)  # no worse than chance: it trains for seconds
 
 
-def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mini98: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    images = photographs(shared, tmp_path / "images")
+    images = photographs(mini98, tmp_path / "images")
     root = tmp_path / "contest"
     check(enter(str(images), root), root, 1.2 * 25)
