@@ -74,7 +74,7 @@ compare-requests: .venv/.installed ## Compare label-request strategies on a rehe
 compare-pseudo-labels: .venv/.installed ## Compare who predicts pseudo-labels on a rehearsal: a table in docs/labels.md
 	$(VENV) python -m stages.compare_pseudo_labels $(recipe) $(ARGS)
 
-compare-finetunings: .venv/.installed ## Compare ways of fine-tuning from the encoder of RECIPE= (RECIPES="recipes/finetunings/*.yaml", the control first)
+compare-finetunings: .venv/.installed ## Compare ways of fine-tuning from the encoder of RECIPE= (RECIPES="recipes/finetunings/plain.yaml …", the control first)
 	$(VENV) python -m stages.compare_entries --base "$(RECIPE)" --encoder "$(basename $(notdir $(RECIPE)))" $(RECIPES) $(ARGS)
 
 compare-entries: .venv/.installed ## Compare whole entries, and a peer (RECIPES="CONTROL OTHER …" ARGS='--peer "COMMAND"')

@@ -30,12 +30,13 @@ class Propagation(Predictor):
         space: Literal["embeddings", "predictions"] = "embeddings",
         certainty: Literal["entropy", "largest"] = "entropy",
     ) -> None:
-        """Labels diffuse over the graph of nearest neighbors; an image is as sure as the entropy of
-        what reaches it is low (Iscen et al., arXiv 1904.04717, section 3.2, equations 9 to 12).
+        """Labels diffuse over the graph of nearest neighbors (Iscen et al., arXiv 1904.04717,
+        section 3.2, equations 9 to 12).
 
         Solves (I - alpha S) Z = Y by conjugate gradient, S the normalized affinity.  A row of Y is
         an image's label or, times `prior`, the classifier's probabilities.  An image that nothing
-        reaches is not sure.  Memory grows with the images, not with the classes.
+        reaches is not sure.  Beside the evidence, memory grows with the images, not with the
+        classes.
 
         Args:
             neighbors: of an image in the graph.
@@ -69,6 +70,7 @@ class Propagation(Predictor):
         n, classes = evidence.logits.shape
         x = np.concatenate([evidence.x, evidence.labeled])
         s = affinity(x, self.neighbors, self.gamma)
+        del x
         best, highest = np.zeros(n, np.int64), np.full(n, -1.0)
         total, product = np.zeros(n), np.zeros(n)
         step = max(1, _NUMBERS // s.shape[0])

@@ -2,7 +2,8 @@
 
 python -m stages.compare_entries RECIPE … [--base RECIPE] [--seeds 3] [--peer "COMMAND"]
 python -m stages.compare_entries RECIPE … [--base RECIPE] [--seeds 3] --encoder ENTRY
-Every recipe is run with every seed through what it needs, as the entry RECIPE-sSEED: pretraining
+Every recipe is run with every seed through what it needs, as the entry RECIPE-sSEED (RECIPE-from-
+ENTRY-sSEED with --encoder): pretraining
 (not from scratch), embeddings where its pseudo-labels look at them, fine-tuning and, where `pseudo`
 is among its manifests, pseudo-labels and fine-tuning again.  The first recipe is the control.  With
 --base the recipes change that one; with --encoder all start from the encoder of that entry.  A peer
@@ -38,6 +39,7 @@ def read(
     With `minutes` those are the minutes of fine-tuning of `base`; others keep their part of it.
     """
     name = f"{base.stem}-{file.stem}" if base else file.stem
+    name = f"{file.stem}-from-{encoder}" if encoder else name
     words = [word for f in (base, file) if f for word in ("--recipe", str(f))]
     recipe, _, _ = config.parse("", argv=words)
     if minutes is not None:

@@ -132,21 +132,21 @@ def test_fine_tuning_waits_for_nothing(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU is expected")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_waits_on_a_gpu(variant: str, tmp_path: Path) -> None:
-    """The whole step, fetching and the optimizer too, where CUDA itself says what waits."""
+    """The whole step, fetching and the optimizer (SGD) too, where CUDA itself says what waits."""
     method, accelerator = built(variant).float(), make_accelerator("no", tmp_path)
     feed = feed_of(variant, method, 8, 0, 1)
     feed.device = accelerator.device
     optimizer = build_optimizer(Optimizer(), {method: 1.0}, 8)
     trainer = Trainer(method, optimizer, accelerator, tmp_path, {}, feed, lambda _: 0.1)
-    fetched = prefetch(feed.fetch, 0, 4)
-    for step in range(4):
-        if step == 2:  # constants are there
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            trainer.step(fetched, step, 16, step / 4)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert trainer._losses[:4].isfinite().all()
+    fetched = prefetch(feed.fetch, 0, 8)
+    try:
+        for step in range(8):
+            if step == 2:  # constants are there
+                torch.cuda.set_sync_debug_mode("error")
+            trainer.step(fetched, step, 16, step / 8)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer._losses[:8].isfinite().all()
 
 
 def test_a_copy_is_seen() -> None:

@@ -107,34 +107,34 @@ def test_recipes_over_a_base_start_from_its_encoder(
     whole, stages = entrants.call, ["finetune", "pseudo_label", "finetune"]
 
     def stopped(stage: str, words: list[str]) -> int:
-        done = [s for s, entry in calls if entry == "base-pseudo-s0"]
+        done = [s for s, entry in calls if entry == "pseudo-from-base-s0"]
         return 143 if done == stages[:2] else whole(stage, words)
 
     monkeypatch.setattr(entrants, "call", stopped)
     with pytest.raises(SystemExit):
         compare(*argv)
     assert calls == [
-        ("finetune", "base-plain-s0"),
-        *((stage, "base-pseudo-s0") for stage in stages[:2]),
+        ("finetune", "plain-from-base-s0"),
+        *((stage, "pseudo-from-base-s0") for stage in stages[:2]),
     ]
     monkeypatch.setattr(entrants, "call", whole)
     calls.clear()
     compare(*argv)
-    assert calls == [(stage, "base-pseudo-s0") for stage in stages]
+    assert calls == [(stage, "pseudo-from-base-s0") for stage in stages]
     assert weights.read_bytes() == before
-    tuned = [results(f"base-pseudo-s0/finetune-{k}") for k in (0, 1)]
+    tuned = [results(f"pseudo-from-base-s0/finetune-{k}") for k in (0, 1)]
     assert tuned[1]["labels"] > tuned[0]["labels"]  # the pseudo-labels
-    found = record("base-pseudo-s0")
+    found = record("pseudo-from-base-s0")
     assert found["val_top1"] == tuned[1]["val_top1"]
     assert found["minutes_of_finetuning"] == tuned[0]["minutes"] + tuned[1]["minutes"]
-    folder = Path("runs/base-pseudo-s0")
+    folder = Path("runs/pseudo-from-base-s0")
     assert runs.numbered(folder, "pseudo") == [folder / "pseudo-1.csv"]
-    assert set(rows()) == {"base-plain", "base-pseudo"}
+    assert set(rows()) == {"plain-from-base", "pseudo-from-base"}
 
     # another encoder: what was recorded is of the old one
     weights.write_bytes(before + b" ")
     monkeypatch.setattr(entrants, "call", lambda stage, words: 1)
-    with pytest.raises(InputError, match=r"finetune of base-plain-s0 failed"):
+    with pytest.raises(InputError, match=r"finetune of plain-from-base-s0 failed"):
         compare(*argv)
 
 
