@@ -38,8 +38,8 @@ def read(
 
     With `minutes` those are the minutes of fine-tuning of `base`; others keep their part of it.
     """
-    name = f"{base.stem}-{file.stem}" if base else file.stem
-    name = f"{file.stem}-from-{encoder}" if encoder else name
+    over = f"{base.stem}-{file.stem}" if base else file.stem
+    name = f"{file.stem}-from-{encoder}" if encoder else over
     words = [word for f in (base, file) if f for word in ("--recipe", str(f))]
     recipe, _, _ = config.parse("", argv=words)
     if minutes is not None:
