@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pipeline import InputError, labeling, metrics, runs
-from pipeline.manifest import read_manifest
+from pipeline.manifest import load_contest, read_manifest
+from pipeline.propagation import Propagation
 from stages import finetune, pseudo_label
 from tests.fake_run import (
     CLASSES,
@@ -130,6 +131,23 @@ def test_labels_propagate_over_the_predictions_without_embeddings(here: Path) ->
     true = [label("unlabeled", k) for k in manifest.index]
     assert len(true) >= 4
     assert np.mean(manifest.label == true) > 0.8
+
+
+def test_labeled_images_are_as_calibrated_as_the_others(here: Path) -> None:
+    latest, contest = write_finetune(), load_contest("small")
+    known = labeling.labeled_images(latest)
+    images = labeling.unlabeled_images(contest, known)
+    given, temperature = labeling.evidence_of(
+        contest,
+        here,
+        latest,
+        images,
+        known.take(np.arange(2)),
+        known,
+        Propagation(space="predictions"),
+    )
+    assert temperature not in (None, 1)
+    np.testing.assert_allclose(given.labeled[:2], given.x[-2:], atol=1e-6)
 
 
 def test_probabilities_become_vectors_of_unit_length(monkeypatch: pytest.MonkeyPatch) -> None:
