@@ -57,6 +57,6 @@ def test_generated_images(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_photographs(tmp_path: Path, shared: Path) -> None:
-    images = photographs(shared, tmp_path / "images")
+def test_photographs(tmp_path: Path, mini98: Path) -> None:
+    images = photographs(mini98, tmp_path / "images")
     demo(tmp_path, "--source", str(images), "--pretrain.steps", "20", "--finetune.steps", "20")
