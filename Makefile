@@ -5,12 +5,13 @@ ARGS ?=
 MAKEFLAGS += --no-print-directory
 
 VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
-recipe = --recipe "$(or $(RECIPE),$(error RECIPE= is missing, as in: make $@ RECIPE=recipes/mini98.yaml))"
+needed = $(or $(RECIPE),$(error RECIPE= is missing, as in: make $@ RECIPE=recipes/mini98.yaml))
+recipe = --recipe "$(needed)"
 given = $(if $($(2)),--$(1) "$($(2))")
 STAGE = $(VENV) $(LAUNCH) -m
 
-.PHONY: help setup demo test lint type check data pretrain embed evaluate label-request \
-	import-labels pseudo-label finetune submit audit rehearse compare-methods compare-requests \
+.PHONY: help setup demo test lint type check data pretrain embed evaluate finetune \
+	label-request import-labels pseudo-label submit audit rehearse compare-methods compare-requests \
 	compare-pseudo-labels compare-finetunings compare-entries bench
 
 help: ## List what can be made, in the order of use
@@ -44,6 +45,9 @@ embed: .venv/.installed ## Embed every split (LAUNCH=)
 evaluate: .venv/.installed ## Judge the embeddings: kNN, linear, nearest neighbors
 	$(VENV) python -m stages.evaluate $(recipe) $(ARGS)
 
+finetune: .venv/.installed ## Train a classifier on every label there is (LAUNCH=)
+	$(STAGE) stages.finetune $(recipe) $(ARGS)
+
 label-request: .venv/.installed ## Choose the images to ask labels for (FORMAT=label-studio)
 	$(VENV) python -m stages.label_request $(recipe) $(call given,format,FORMAT) $(ARGS)
 
@@ -52,9 +56,6 @@ import-labels: .venv/.installed ## Check and keep the answer (ANSWER=label_NN.pt
 
 pseudo-label: .venv/.installed ## Label what the classifier is sure of (LAUNCH=)
 	$(STAGE) stages.pseudo_label $(recipe) $(ARGS)
-
-finetune: .venv/.installed ## Train a classifier on every label there is (LAUNCH=)
-	$(STAGE) stages.finetune $(recipe) $(ARGS)
 
 submit: .venv/.installed ## Write and check the submission
 	$(VENV) python -m stages.submit $(recipe) $(ARGS)
@@ -75,7 +76,7 @@ compare-pseudo-labels: .venv/.installed ## Compare who predicts pseudo-labels on
 	$(VENV) python -m stages.compare_pseudo_labels $(recipe) $(ARGS)
 
 compare-finetunings: .venv/.installed ## Compare ways of fine-tuning from the encoder of RECIPE= (RECIPES="recipes/finetunings/plain.yaml …", the control first)
-	$(VENV) python -m stages.compare_entries --base "$(RECIPE)" --encoder "$(basename $(notdir $(RECIPE)))" $(RECIPES) $(ARGS)
+	$(VENV) python -m stages.compare_entries --base "$(needed)" --encoder "$(basename $(notdir $(RECIPE)))" $(RECIPES) $(ARGS)
 
 compare-entries: .venv/.installed ## Compare whole entries, and a peer (RECIPES="CONTROL OTHER …" ARGS='--peer "COMMAND"')
 	$(VENV) python -m stages.compare_entries $(call given,base,RECIPE) $(RECIPES) $(ARGS)

@@ -103,9 +103,9 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int, weights: Tensor | 
     """Assignments [b, k] of sum 1 that use all prototypes alike (section 3.1, equations 3 to 5;
     its factors 1/k and 1/b cancel), from scores [b, k], in their place; weights [b] are 1 or 0.
     """
-    q = scores.sub_(scores.max()).div_(epsilon).exp_()
     if weights is not None:
-        q *= weights[:, None]
+        scores.masked_fill_(weights[:, None] == 0, -math.inf)
+    q = scores.sub_(scores.amax(0)).div_(epsilon).exp_()  # which the first division undoes
     for _ in range(iterations):
         q /= q.sum(0)
         q /= q.sum(1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)

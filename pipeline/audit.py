@@ -11,7 +11,7 @@ from scipy.special import softmax
 from sklearn.model_selection import StratifiedKFold
 
 from pipeline import InputError
-from pipeline.metrics import fit_linear
+from pipeline.metrics import chunks, fit_linear
 from pipeline.neighbours import graph, search
 from pipeline.packed import Pool
 
@@ -74,7 +74,9 @@ def find_copies(x: Floats, thumbs: npt.NDArray[np.uint8], cosine: float) -> Copi
     a, b = (thumbs[by_hash[:, k]].astype(np.float32) for k in (0, 1))
     by_hash = by_hash[np.abs(a - b).mean((1, 2)) <= _LEVELS]
     pairs = np.unique(np.sort(np.concatenate([by_embedding, by_hash]), axis=1), axis=0)
-    value = np.einsum("pd,pd->p", x[pairs[:, 0]], x[pairs[:, 1]])
+    value = np.empty(len(pairs), np.float32)
+    for rows in chunks(len(pairs), x.shape[1]):
+        value[rows] = np.einsum("pd,pd->p", x[pairs[rows, 0]], x[pairs[rows, 1]])
     order = np.argsort(-value, kind="stable")
     pairs, value = pairs[order], value[order]
     return Copies(pairs[:, 0], pairs[:, 1], value, hashed[pairs[:, 0]] == hashed[pairs[:, 1]])

@@ -3,8 +3,9 @@
 import dataclasses
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import jsonargparse._typehints
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -75,7 +76,7 @@ def parse(
         raise InputError(_in_words(" ".join(str(error).split()))) from None
     plain = {k: v for k, v in config.as_dict().items() if k in Recipe.__dataclass_fields__}
     values = {k: getattr(made, k) for k in Recipe.__dataclass_fields__}
-    if values["entry"] is None:
+    if not values["entry"]:
         recipes = config.get("recipe")
         values["entry"] = plain["entry"] = Path(str(recipes[-1])).stem if recipes else "entry"
     own = options and options(**{f.name: made[f.name] for f in dataclasses.fields(options)})
@@ -94,10 +95,28 @@ def _replace_budgets(argv: list[str]) -> list[str]:
 
 
 def _in_words(error: str) -> str:
-    """A parser's error without Python's names for things, where it is about a value's type."""
+    """A parser's error, without Python's names for things: where, what is wrong, what to do."""
     key, _, rest = error.removeprefix('Parser key "').partition('": ')
+    if found := re.search(r"Group '(.*)' does not accept option '(.*)'", error):
+        return f"{found[1]} has no {found[2]}; --help lists what there is"
+    if found := re.search(r"Expected a dot import path string: (\S+)", rest):
+        return f"{key} is {found[1]}; {' or '.join(_classes(key))} is expected"
+    if found := re.search(r"Option '(.*?)' is not accepted.*class_path='[\w.]*?(\w+)'", rest):
+        return f"{key}: {found[2]} has no {found[1]}; --{key}.help={found[2]} lists what there is"
+    value = error.rpartition("alue: ")[2]
+    if found := re.search(r'Parser key "(.*?)": (Expected .*?)\. Got value: (.*?)(\. Got|$)', rest):
+        key, rest, value = f"{key}.{found[1]}", found[2], found[3]
     kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", rest)
     if not kinds:
         return error
     expected = " or ".join(_KINDS.get(kind, kind) or f"one of {words}" for kind, words in kinds)
-    return f"{key} is {error.rpartition('alue: ')[2]}; {expected} is expected"
+    return f"{key} is {value}; {expected} is expected"
+
+
+def _classes(key: str) -> list[str]:
+    """The names of the classes that the recipe's field `key` may be."""
+    hint: Any = Recipe
+    for name in key.split("."):
+        hint = get_type_hints(hint)[name]
+    base = next(get_args(h)[1] for h in (hint, *get_args(hint)) if get_origin(h) is Callable)
+    return sorted(kind.__name__ for kind in base.__subclasses__() or [base])

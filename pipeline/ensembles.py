@@ -55,7 +55,7 @@ def held_by_all(folders: list[Path]) -> Manifest:
 def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
     """The best of the single classifiers, their weighted vote and, if asked for, both with mirror
     images, by top-1 on the labels that all held out; of equal ones the first, so that what is more
-    work has to be better.
+    work has to be better.  The vote is judged with weights that were fitted to other labels.
 
     Raises InputError where there is something to choose and no label that all held out.
     """
@@ -71,13 +71,12 @@ def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
     found: list[tuple[float, Choice]] = []
     for mirrored in (False, True) if mirror else (False,):
         p = np.stack([_probabilities(contest, held, folder, mirrored) for folder in folders])
-        options = [([folder], [1.0]) for folder in folders]
+        options = [([folder], [1.0], own) for folder, own in zip(folders, p, strict=True)]
         if len(folders) > 1:
-            options.append(_weighted(folders, mixture_weights(p, held.label)))
-        for members, weights in options:
-            rows = [folders.index(m) for m in members]
-            mean = np.tensordot(np.array(weights, np.float32), p[rows], 1)
-            score = top_k(mean, held.label, [1])[1]
+            voted = _weighted(folders, mixture_weights(p, held.label))
+            options.append((*voted, cross_fitted(p, held.label)))
+        for members, weights, seen in options:
+            score = top_k(seen, held.label, [1])[1]
             what = " + ".join(f"{w:.2f} {m}" for w, m in zip(weights, members, strict=True))
             tried[what + (", mirrored" if mirrored else "")] = score
             found.append((score, Choice(members, weights, mirrored, tried)))
@@ -105,10 +104,21 @@ def mixture_weights(p: Floats, labels: Ints) -> Floats:
     """
     own = p[:, np.arange(len(labels)), labels].astype(np.float64) + 1e-12  # [m, n]
     weights = np.full(len(p), 1 / len(p))
-    for _ in range(_STEPS):
+    for _ in range(_STEPS if len(labels) else 0):
         parts = weights[:, None] * own
         weights = (parts / parts.sum(0)).mean(1)
     return weights.astype(np.float32)
+
+
+def cross_fitted(p: Floats, labels: Ints) -> Floats:
+    """The weighted vote [n, classes] of probabilities `p` [m, n, classes], each half of the images
+    with the weights that are the likeliest for the labels of the other.
+    """
+    out = np.empty(p.shape[1:], np.float32)
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    for half, other in ((even, odd), (odd, even)):
+        out[half] = np.tensordot(mixture_weights(p[:, other], labels[other]), p[:, half], 1)
+    return out
 
 
 def build(folders: list[Path], weights: list[float], mirror: bool) -> tuple[Ensemble, int]:

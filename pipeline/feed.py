@@ -53,7 +53,8 @@ class Feed:
         a, part = self.accelerator, self.micro_batch or self.batch_size
         if self.batch_size % part:
             raise InputError(
-                f"batch_size is {self.batch_size} and micro_batch {part}; a multiple is expected"
+                f"pretrain: batch_size is {self.batch_size} and micro_batch {part}; a multiple of "
+                f"micro_batch is expected"
             )
         if part % a.num_processes:
             name = "micro_batch" if self.micro_batch else "batch_size"

@@ -38,7 +38,11 @@ def initial_encoder(recipe: "Recipe", pretrained: Path | None) -> tuple[nn.Modul
     torch.manual_seed(recipe.seed)
     if pretrained is not None:
         tensors, meta = load_tensors(pretrained)
-        spec = meta["encoder"]
+        if wrong := runs.differences(meta["encoder"], spec, "encoder"):
+            raise InputError(
+                f"{pretrained} holds another encoder than the recipe names: {', '.join(wrong)}; "
+                f"that of the pretraining is expected, or a pretraining of this one"
+            )
     encoder = encoder_for(spec)
     if pretrained is not None:
         encoder.load_state_dict(tensors)

@@ -18,6 +18,7 @@ from pipeline.encoders import build_encoder
 from pipeline.manifest import Contest
 from pipeline.packed import Pool
 from pipeline.progress import progress
+from pipeline.runs import check_room
 from pipeline.views import WHOLE, Views, matmul_dtype, uniforms
 
 
@@ -120,6 +121,7 @@ def predict_split(
     if rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         shape = (contest.splits[split]["images"], outputs)
+        check_room(file.parent, 4 * shape[0] * shape[1], f"{file.name} [{shape[0]:,}, {outputs}]")
         np.lib.format.open_memmap(aside, "w+", np.float32, shape)
     barrier()
     rows, out = contest.usable(split), np.lib.format.open_memmap(aside, "r+")

@@ -46,10 +46,14 @@ def unlabeled_images(contest: Contest, known: Manifest) -> Manifest:
     return images.take(np.isin(images.index, eligible(images.index, images.sha256, digests)))
 
 
-def images_apart(contest: Contest, latest: Path) -> tuple[Manifest, str]:
-    """Labeled images that the classifier was not trained on, and what they are."""
+def images_apart(contest: Contest, latest: Path, predictor: Predictor) -> tuple[Manifest, str]:
+    """Labeled images that the classifier was not trained on, and what they are.
+
+    They are those held out; without any those of val, but for a `predictor` that looks at its
+    images beside each other: val would take part in what is chosen.
+    """
     held = read_manifest(runs.require(latest / "holdout.csv", "make finetune"))
-    if len(held):
+    if len(held) or predictor.space:
         return held, "the held-out labels"
     val = contest.manifest("val").usable() if "val" in contest.splits else held
     return val.take(val.label >= 0), "val (reported, not chosen by)"

@@ -43,12 +43,20 @@ class Optimizer:
     """Fraction of the rate that is left at the end of the cosine."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise InputError(f"optimizer: lr is {self.lr}; above 0 is expected")
-        if self.bias_lr < 0:
-            raise InputError(f"optimizer: bias_lr is {self.bias_lr}; 0 or more is expected")
-        if not 0 <= self.warmup < 1:
-            raise InputError(f"optimizer: warmup is {self.warmup}; from 0 to below 1 is expected")
+        for name in ("lr", "lr_batch", "trust"):
+            if (value := getattr(self, name)) <= 0:
+                raise InputError(f"optimizer: {name} is {value}; above 0 is expected")
+        for name in ("bias_lr", "weight_decay", "final_lr"):
+            if (value := getattr(self, name)) < 0:
+                raise InputError(f"optimizer: {name} is {value}; 0 or more is expected")
+        for name, values in (
+            ("warmup", [self.warmup]), ("momentum", [self.momentum]), ("betas", self.betas)
+        ):  # fmt: skip
+            if not all(0 <= value < 1 for value in values):
+                found = ", ".join(map(str, values))
+                raise InputError(f"optimizer: {name} is {found}; from 0 to below 1 is expected")
+        if self.nesterov and not self.momentum:
+            raise InputError("optimizer: nesterov is true and momentum 0; above 0 is expected")
 
     def scaled_lr(self, batch: int) -> float:
         """The learning rate at this global batch."""

@@ -5,7 +5,6 @@ import gc
 import hashlib
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import warnings
@@ -24,6 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from pipeline import InputError
 from pipeline.progress import Advance
+from pipeline.runs import check_room
 
 Pixels = npt.NDArray[np.uint8]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none that starts another program
@@ -152,12 +152,8 @@ def create(arrays: Mapping[Path, int], form: Form) -> None:
     Raises InputError where the disk has no room for all of them.
     """
     images, folder = sum(arrays.values()), next(iter(arrays)).parent
-    need, free = images * form.bytes, shutil.disk_usage(folder).free
-    if need > free:
-        raise InputError(
-            f"{folder} has {free / 1e9:.1f} GB free; {need / 1e9:.1f} GB are needed for "
-            f"{images:,} images of {form.width} × {form.height}"
-        )
+    what = f"{images:,} images of {form.width} × {form.height}"
+    check_room(folder, images * form.bytes, what)
     for path, n in arrays.items():
         np.lib.format.open_memmap(path, "w+", np.uint8, (n, form.height, form.width, 3))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def check_inputs(recipe: "Recipe", contest: Contest) -> Pool:
     """The images to pretrain on; InputError where they, or their views, are not what is needed."""
     c = recipe.pretrain
-    if contest.rehearsal and "val" in c.splits:
+    if (contest.rehearsal or recipe.data.rehearsal) and "val" in c.splits:
         raise InputError(
             "pretrain: val is among the splits, but in a rehearsal it stands for the secret test"
         )
@@ -95,9 +95,9 @@ def _judge(on_collapse: str, history: list[dict[str, float]], along: float) -> N
     """Stop the run, or say it once in a twentieth of it, where its newest signs are those of a
     collapse.
     """
-    before = history[-2]["step"] if len(history) > 1 else 0
-    total = history[-1]["step"] / along
-    if on_collapse == "stop" or int(20 * before / total) < int(20 * along):
+    step = history[-1]["step"]
+    before = next((h["step"] for h in reversed(history) if h["step"] < step), 0)
+    if on_collapse == "stop" or int(20 * along * before / step) < int(20 * along):
         _stop_or_say(on_collapse, judge(history, along))
 
 

@@ -5,9 +5,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_matrix, diags
-from scipy.special import softmax, xlogy
+from scipy.special import logsumexp, xlogy
 
 from pipeline import InputError
+from pipeline.metrics import chunks
 from pipeline.neighbours import graph
 from pipeline.progress import progress
 from pipeline.pseudo_labels import Evidence, Predictor
@@ -73,13 +74,14 @@ class Propagation(Predictor):
         del x
         best, highest = np.zeros(n, np.int64), np.full(n, -1.0)
         total, product = np.zeros(n), np.zeros(n)
+        scale = _log_sums(evidence.logits) if self.prior else total
         step = max(1, _NUMBERS // s.shape[0])
         with progress("propagating labels", classes, "classes") as advance:
             for first in range(0, classes, step):
                 block = np.arange(first, min(first + step, classes))
                 y = np.zeros((s.shape[0], len(block)), np.float32)
                 if self.prior:
-                    y[:n] = self.prior * _columns(evidence.logits, block)
+                    y[:n] = self.prior * np.exp(evidence.logits[:, block] - scale[:, None])
                 y[n:] = evidence.labels[:, None] == block
                 z = np.maximum(conjugate_gradient(s, y, self.alpha, self.iterations), 0)
                 if self.balanced:
@@ -103,13 +105,11 @@ class Propagation(Predictor):
         return best, np.clip(sure, 0, 1).astype(np.float32)
 
 
-def _columns(logits: Floats, block: Ints) -> Floats:
-    """Columns `block` of the softmax of the rows of `logits`, in bounded memory."""
-    out = np.empty((len(logits), len(block)), np.float32)
-    step = max(1, _NUMBERS // logits.shape[1])
-    for start in range(0, len(logits), step):
-        rows = slice(start, start + step)
-        out[rows] = softmax(logits[rows].astype(np.float64), axis=1)[:, block]
+def _log_sums(logits: Floats) -> npt.NDArray[np.float64]:
+    """Log-sum-exp [n] of the rows of `logits`, in bounded memory."""
+    out = np.empty(len(logits))
+    for rows in chunks(*logits.shape):
+        out[rows] = logsumexp(logits[rows].astype(np.float64), axis=1)
     return out
 
 

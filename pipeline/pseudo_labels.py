@@ -94,7 +94,7 @@ class TopFraction(PseudoLabeler):
 
     def __call__(self, labels: Ints, confidences: Floats) -> Ints:
         order = np.lexsort((-confidences, labels))  # by class, surest first
-        counts = np.bincount(labels)
+        counts = np.bincount(labels).astype(np.float64)
         if self.balanced and len(labels):
             counts[:] = len(labels) / np.count_nonzero(counts)
         wanted = np.ceil(np.round(self.fraction * counts, 6))

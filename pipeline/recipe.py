@@ -34,6 +34,9 @@ class Data:
     rehearsal: bool = False
     """val stands for a secret test here: nothing may be chosen by it."""
 
+    def __post_init__(self) -> None:
+        check_least("data", self, size=8, classes=1, max_pixels=1, workers=1)
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -61,6 +64,14 @@ class Evaluate:
     """Pixels of the embedded images; null takes the last of pretrain's."""
     unlabeled: bool = True
     """Embed the unlabeled split too, as label requests need it."""
+
+    def __post_init__(self) -> None:
+        check_least("evaluate", self, batch_size=1, resolution=8, neighbors=1)
+        if not self.k or min(self.k) < 1:
+            raise InputError(f"evaluate: k is {self.k}; one or more numbers above 0 are expected")
+        for name in ("temperature", "linear_c"):
+            if (value := getattr(self, name)) <= 0:
+                raise InputError(f"evaluate: {name} is {value}; above 0 is expected")
 
 
 @dataclass(frozen=True)
@@ -122,8 +133,8 @@ class Submit:
 class Recipe:
     """A leaderboard entry: one section for each stage."""
 
-    entry: str | None = None
-    """Name of the entry in runs/ and submissions/; null takes the recipe's file name."""
+    entry: str = ""
+    """Name of the entry in runs/ and submissions/; empty takes the recipe's file name."""
     seed: int = 0
     """Seed of every random choice."""
     data: Data = field(default_factory=Data)
@@ -134,3 +145,7 @@ class Recipe:
     pseudo_label: PseudoLabel = field(default_factory=PseudoLabel)
     finetune: Finetune = field(default_factory=Finetune)
     submit: Submit = field(default_factory=Submit)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; 0 to {2**32 - 1} is expected")

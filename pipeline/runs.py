@@ -2,10 +2,12 @@
 provenance last.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pipeline import InputError
 from pipeline.distributed import barrier, rank
 
 _KEPT = (".csv", ".npy", ".png", ".safetensors", ".txt")  # what a finished folder goes on having
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 _PACKAGES = ("torch", "torchvision", "timm", "accelerate", "faiss-gpu", "faiss-cpu", "scikit-learn")
 
 
@@ -119,6 +122,15 @@ def read_json(path: Path, made_by: str) -> Any:
         raise InputError(f"{path} is no JSON file ({error}); `{made_by}` makes it anew") from None
 
 
+def check_room(folder: Path, needed: int, what: str) -> None:
+    """Raise InputError where the disk of `folder` has no room for so many bytes of `what`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"{folder} has {free / 1e9:.1f} GB free; {needed / 1e9:.1f} GB are needed for {what}"
+        )
+
+
 def require(path: Path, made_by: str) -> Path:
     """`path`, or InputError naming the command that makes it."""
     if not path.exists():
@@ -156,12 +168,15 @@ def sha256(path: Path) -> str:
 
 @cache
 def _commit() -> str:
-    """The project's commit, with '-dirty' where tracked files differ from it; '' outside a
-    checkout.
+    """The project's commit, with '-dirty' where tracked files differ from it; '' outside a checkout
+    or without git.
     """
     here = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
     return done.stdout.strip()
 
 
@@ -231,11 +246,6 @@ class Run:
             made = self.facts | stamp() | {"results": results, "files": files}
             write_json(self.folder / "provenance.json", made)
 
-    def results(self) -> dict[str, Any]:
-        """What `finish` was told."""
-        file = self.folder / "provenance.json"
-        return json.loads(file.read_text())["results"]  # type: ignore[no-any-return]
-
 
 def say(*words: Any) -> None:
     """Print on the main process only."""
@@ -266,10 +276,17 @@ def interrupts(then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
 
 
 def stage(main: Callable[[], None]) -> None:
-    """Run a stage: a user's mistake ends in one clear line and exit code 1, not in a traceback."""
+    """Run a stage: a user's mistake, or a disk that is full or closed to us, ends in one clear line
+    and exit code 1, not in a traceback.
+    """
     try:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        what = f"{error.filename} cannot be written" if error.filename else "writing failed"
+        sys.exit(f"error: {what}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_matrix
 from scipy.special import logsumexp
 
 from pipeline import InputError, runs
@@ -67,10 +68,14 @@ class Candidates:
         copies = self.known >= self.near_duplicate
         similarities, near = self.graph
         row, column = np.nonzero(similarities >= self.near_duplicate)
-        other = near[row, column]
-        pairs = np.unique(np.stack([np.minimum(row, other), np.maximum(row, other)], 1), axis=0)
-        for first, second in pairs.tolist():  # sorted: what becomes of the first is settled
-            copies[second] |= not copies[first]
+        shape = len(copies), len(copies)
+        pairs = csr_matrix((np.ones(len(row), np.bool_), (row, near[row, column])), shape)
+        pairs = pairs + pairs.T
+        start, other = pairs.indptr, pairs.indices
+        for k in np.flatnonzero(np.diff(start)):  # in order: what becomes of k is settled
+            if not copies[k]:
+                of_k = other[start[k] : start[k + 1]]
+                copies[of_k[of_k > k]] = True
         return np.flatnonzero(~copies)
 
     def _probabilities(self, positions: Ints) -> tuple[Floats, Floats]:
@@ -196,9 +201,27 @@ def _copies(candidates: Candidates, picks: Ints) -> Ints:
     pairs = np.sort(np.stack([picks[row], picks[near[row, column]]], 1), axis=1)
     originals, later = pairs[pairs[:, 0] < pairs[:, 1]].T
     originals = np.unique(originals)
+    if not len(originals):
+        return originals
     nearest = search(x[free], x[originals], 1)[0].max(1, initial=-1)
     copies = np.union1d(free[nearest >= candidates.near_duplicate], later)
     return np.setdiff1d(copies, originals)
+
+
+def _logits_of(contest: Contest, file: Path) -> Floats:
+    """The unlabeled split's logits [images, classes] in runs/ENTRY/finetune-K/logits; InputError
+    where they are of another contest.
+    """
+    folder, facts = file.parents[1], contest.folder / "contest.json"
+    of = runs.read_json(folder / "provenance.json", "make finetune")["inputs"]
+    logits: Floats = np.load(file, mmap_mode="r")
+    shape = contest.images("unlabeled"), contest.classes
+    if of.get(str(facts)) != runs.sha256(facts) or logits.shape != shape:
+        raise InputError(
+            f"{folder} is of another contest than {contest.name}, or of other images; a "
+            f"fine-tuning on {facts} is expected"
+        )
+    return logits
 
 
 def candidates_of(
@@ -223,7 +246,7 @@ def candidates_of(
     digests = np.concatenate([train.sha256, known.sha256])
     return Candidates(
         embeddings=x,
-        logits=[np.load(file, mmap_mode="r") for file in logits],
+        logits=[_logits_of(contest, file) for file in logits],
         eligible=eligible(unlabeled.index, unlabeled.sha256, digests),
         labeled=np.concatenate([of_train[train.index], x[known.index]]),
         labels=np.concatenate([train.label, label[known.index]]),

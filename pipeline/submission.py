@@ -171,6 +171,11 @@ def _as_contest(root: Path, source: Path, split: str, rows: Manifest) -> None:
     """A split in the contest's layout, 0.png …, whatever layout its images have at `source`."""
     (root / split).mkdir()
     for n, file in enumerate(rows.file):
+        if not (source / file).is_file():
+            raise InputError(
+                f"{source / file} is not there; the contest's images are expected where "
+                f"`make data` found them"
+            )
         (root / split / f"{n}.png").symlink_to((source / file).resolve())
     save_torch(root / f"{split}_label_tensor.pt", torch.from_numpy(rows.label))
 

@@ -126,6 +126,7 @@ class Trainer:
         optimizer = self.optimizer.state_dict()
         warm, timed = _CALIBRATION
         times = []
+        self.module.train()  # a probe leaves it in evaluation mode
         with closing(self._fetched(0, warm + timed)) as fetched:
             for step in range(warm + timed):
                 began = time.perf_counter()

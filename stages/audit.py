@@ -38,7 +38,7 @@ def run(recipe: Recipe, cosine: float = 0.98, write_clean: bool = False) -> None
     """Audit every split that is embedded."""
     if not 0 < cosine <= 1:
         raise InputError(f"audit: cosine is {cosine}; above 0, up to 1 is expected")
-    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
+    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
     folder, out = runs.finished(entry / "embeddings", "make embed"), entry / "audit"
     splits = [split for split in contest.splits if (folder / f"{split}.npy").is_file()]
     images = Manifest.concatenate([contest.manifest(split).usable() for split in splits])

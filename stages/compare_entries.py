@@ -8,11 +8,13 @@ ENTRY-sSEED with --encoder): pretraining
 is among its manifests, pseudo-labels and fine-tuning again.  The first recipe is the control.  With
 --base the recipes change that one; with --encoder all start from the encoder of that entry.  A peer
 is any command that takes --seed and whose last line is JSON with `peer` (its name) and `finetuned`
-(top-1 on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run, and the table.
+(top-1 on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run (a peer's name is
+made of its command), and the table.
 What is recorded is not run again; what was interrupted goes on, rounds of pseudo-labels from the
 first one.
 """
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -124,7 +126,8 @@ def run(a: Namespace, command: str) -> None:
     all_of = [read(file, a.base, a.encoder, a.minutes, a.records) for file in a.recipes]
     comparison.of_one_contest([e.contest.name for e in all_of])
     target = "compare-finetunings" if a.encoder else "compare-entries"
-    peers = [a.records / f"peer-{a.recipes[0].stem}-s{seed}.json" for seed in range(a.seeds)]
+    digest = hashlib.sha256(a.peer.encode()).hexdigest()[:8]
+    peers = [a.records / f"peer-{digest}-s{seed}.json" for seed in range(a.seeds)]
 
     def of_peer(file: Path) -> dict[str, Any] | None:
         if not a.peer or not file.is_file():

@@ -34,7 +34,7 @@ PREDICTORS: dict[str, Predictor] = {
 def run(argv: list[str]) -> None:
     """Every predictor with the classifier of every seed."""
     recipe, _, _ = config.parse("", argv=argv)
-    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
+    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
     truth = labeling.true_labels(contest)
     if truth is None:
         raise InputError(f"{contest.oracle} is not there; a rehearsal's true labels are expected")

@@ -52,7 +52,9 @@ class Cells:
         manifests = "[train]" if name == FLOOR else f"[train, {answer}]"
         words = [*self.argv, "--seed", str(seed), "--finetune.manifests", manifests]
         words += ["--finetune.unlabeled", "true" if name == FLOOR else "false"]
-        words += ["--finetune.steps", str(self.steps)] if self.steps else []
+        if self.steps:  # whatever budget the recipe or the command line names
+            words += ["--finetune.minutes=null", "--finetune.epochs=null"]
+            words += ["--finetune.steps", str(self.steps)]
         runs.say(f"\n{name}, seed {seed}")
         recipe, _, plain = config.parse("", Options, words)
         finetune.run(recipe, plain, folder=cell)
@@ -91,31 +93,30 @@ class Cells:
 def run(argv: list[str], seeds: int, names: str) -> None:
     """Every cell that is not finished, then the table and the pictures."""
     recipe, _, _ = config.parse("", Options, argv)
-    contest, entry, kinds = (
-        load_contest(recipe.data.contest),
-        recipe.entry or "entry",
-        _kinds(names),
-    )
+    kinds, contest, entry = _kinds(names), load_contest(recipe.data.contest), recipe.entry
+    if seeds < 1:
+        raise InputError(f"--seeds is {seeds}; 1 or more is expected")
     if not contest.rehearsal:
         raise InputError(f"{contest.name} is no rehearsal; true labels are known only there")
     truth = true_labels(contest)
     if truth is None:
         raise InputError(f"{contest.oracle} is not there; the rehearsal's true labels are expected")
     cells = Cells(argv, recipe, runs.entry_folder(entry) / "requests", truth)
-    records = []
+    file, budget = DOCS / "requests" / f"{entry}.json", recipe.label_request.budget
+    command = shlex.join(["python", "-m", "stages.compare_requests", *argv])
+    done = {"contest": contest.name, "budget": budget, "machine": processor(), "command": command}
+    records = list[dict[str, Any]]()
     for seed in range(seeds):
         records.append(cells.tune(FLOOR, seed))
         cells.ask(kinds, seed)
         records += [cells.tune(kind.__name__, seed) for kind in kinds]
-    file, budget = DOCS / "requests" / f"{entry}.json", recipe.label_request.budget
-    command = shlex.join(["python", "-m", "stages.compare_requests", *sys.argv[1:]])
-    done = {"contest": contest.name, "budget": budget, "machine": processor(), "command": command}
-    runs.write_json(file, done | {"cells": records})
-    accuracies(file.with_suffix(".png"), records, FLOOR, f"{budget:,} labels of {contest.name}")
+        runs.write_json(file, done | {"cells": records})
+        title = f"{budget:,} labels of {contest.name}"
+        accuracies(file.with_suffix(".png"), records, FLOOR, title)
+        text = comparison.request_table(records, FLOOR, done)
+        comparison.put(DOCS / "labels.md", "compare-requests", text)
     first = {k.__name__: read_manifest(cells.folder / f"{k.__name__}-s0.csv").index for k in kinds}
     overlap(cells.folder, first)
-    text = comparison.request_table(records, FLOOR, done)
-    comparison.put(DOCS / "labels.md", "compare-requests", text)
     runs.say(f"wrote {file}, .png and {DOCS / 'labels.md'}; next: commit them")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from pipeline import config, runs
 from pipeline.checkpoint import load_tensors
-from pipeline.encoders import build_encoder, features
-from pipeline.inference import predict_split
+from pipeline.encoders import features
+from pipeline.inference import check_size, encoder_for, predict_split
 from pipeline.machine import make_accelerator
 from pipeline.manifest import load_contest
 from pipeline.recipe import Recipe
@@ -27,7 +27,7 @@ class Options:
 
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Embed the splits, unless the finished embeddings of these weights are there."""
-    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
+    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
     finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
     weights = finished.with_name("encoder.safetensors")
     inputs = [contest.folder / "contest.json", weights]
@@ -39,11 +39,11 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     facts.begin()
     accelerator = make_accelerator("auto", facts.folder)
     tensors, meta = load_tensors(weights)
-    spec = meta["encoder"]
-    encoder = build_encoder(spec["name"], spec["stem"], **spec["options"])
+    encoder = encoder_for(meta["encoder"])
     encoder.load_state_dict(tensors)
     encoder.to(accelerator.device)
     size = recipe.evaluate.resolution or meta["resolution"]
+    check_size(encoder, size)
     for split in contest.splits_with(unlabeled=recipe.evaluate.unlabeled):
         file = facts.folder / f"{split}.npy"
         width, batch = features(encoder), recipe.evaluate.batch_size

@@ -34,7 +34,7 @@ class Options:
 
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Evaluate the embeddings, unless that was done; the scores are in scores.json."""
-    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
+    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
     folder = runs.finished(entry / "embeddings", "make embed")
     splits = contest.splits_with(unlabeled=recipe.evaluate.unlabeled)
     files = {split: runs.require(folder / f"{split}.npy", "make embed") for split in splits}

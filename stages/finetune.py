@@ -45,7 +45,7 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
         if name == "requested":
             files += runs.numbered(contest.folder, "requested")
         elif name == "pseudo":
-            files += runs.numbered(runs.entry_folder(recipe.entry or "entry"), "pseudo")[-1:]
+            files += runs.numbered(runs.entry_folder(recipe.entry), "pseudo")[-1:]
         elif name == "train":
             files.append(runs.require(contest.folder / "train.csv", "make data"))
         else:
@@ -58,12 +58,29 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
     return files
 
 
+def _check_encoder(labels: Path, encoder: Path) -> None:
+    """Raise InputError where pseudo-labels are those of a classifier that began at another state of
+    the `encoder`.
+    """
+    record = labels.with_suffix(".json")
+    if not labels.name.startswith("pseudo-") or not record.is_file():
+        return
+    latest = Path(runs.read_json(record, "make pseudo-label")["classifier"])
+    made = runs.read_json(latest / "provenance.json", "make finetune")["inputs"]
+    if made.get(str(encoder), (now := runs.sha256(encoder))) != now:
+        raise InputError(
+            f"{labels} was labeled by {latest}, which began at another {encoder}; to begin anew, "
+            f"remove the pseudo-* and finetune-* of {labels.parent}"
+        )
+
+
 def run(
     recipe: Recipe, plain: dict[str, Any], force: bool = False, folder: Path | None = None
 ) -> Path:
     """Fine-tune on the labels that are there now; the folder of the round, or the one given."""
-    c, contest, name = recipe.finetune, load_contest(recipe.data.contest), recipe.entry or "entry"
-    if c.monitor == "val" and contest.rehearsal:
+    c, contest, name = recipe.finetune, load_contest(recipe.data.contest), recipe.entry
+    rehearsal = contest.rehearsal or recipe.data.rehearsal
+    if c.monitor == "val" and rehearsal:
         raise InputError(
             "finetune: monitor is 'val', but in a rehearsal val stands for the secret test; "
             "'holdout' is expected"
@@ -77,6 +94,8 @@ def run(
         pretrained = finished.with_name("encoder.safetensors")
         inputs.append(pretrained)
         learned = learned_labels(entry)
+        for file in files:
+            _check_encoder(file, pretrained)
     elif c.init == "outside" and c.weights is not None and Path(c.weights).is_file():
         inputs.append(Path(c.weights))
     facts = runs.Run.of(folder, plain, ("encoder", "finetune"), inputs)
@@ -88,7 +107,7 @@ def run(
     runs.say(
         f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out"
     )
-    if contest.rehearsal and (train.split == "val").any():
+    if rehearsal and (train.split == "val").any():
         raise InputError(
             "finetune: labels of val are among the manifests, but in a rehearsal val stands for "
             "the secret test"

@@ -36,7 +36,7 @@ class Options:
 
 def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     """Import the labels in `answer`, unless they were before; the manifest that holds them."""
-    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry or "entry")
+    contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
     if not answer.is_file():
         raise InputError(
             f"{answer} is not there; the organizers' answer to the request is expected"

@@ -10,7 +10,7 @@ Studio, label-studio/{images/N.png, config.xml, tasks.json} there.
 import hashlib
 import shlex
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,7 +49,7 @@ def run(
 ) -> None:
     """Ask for `budget` labels, unless that request was made, or answered, before."""
     c, contest = recipe.label_request, load_contest(recipe.data.contest)
-    entry, manifests = runs.entry_folder(recipe.entry or "entry"), contest.folder
+    entry, manifests = runs.entry_folder(recipe.entry), contest.folder
     strategy, answered = c.strategy(), runs.numbered(manifests, "requested")
     folder = runs.finished(entry / "embeddings", "make embed")
     needed = strategy.uses_logits or bool(c.voters)
@@ -58,26 +58,24 @@ def run(
     inputs = [manifests / "contest.json", *answered, *files, *(logits if needed else [])]
     facts = runs.Run.of(entry / "label_request", plain, ("label_request",), inputs)
     file, name = facts.folder / f"request_{c.team}.csv", type(strategy).__name__
-    look = partial(candidates_of, contest, folder, logits, answered, c.near_duplicate)
-    late = False
+    look = cache(partial(candidates_of, contest, folder, logits, answered, c.near_duplicate))
     if not force and facts.is_current():
-        late = compare and not (facts.folder / "overlap.png").is_file()  # it was made --alone
         runs.say(f"{file} is up to date (--force chooses anew); next: make import-labels")
     elif not force and file.is_file():
         if not _is_answered_in_part(file, contest, answered, format):
             return
+        compare = False
     else:
         candidates = look()
         runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
         request = choose(strategy, candidates, c.budget, recipe.seed)
         facts.begin()
-        for picture in ("overlap.csv", "overlap.png", "classes.png"):  # not always made
-            (facts.folder / picture).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+        for name_ in ("request.json", "overlap.csv", "overlap.png", "classes.png"):
+            (facts.folder / name_).unlink(missing_ok=True)
         label_studio.forget_project(file)
         title = f"{c.budget:,} labels asked for by {name}"
         report(facts.folder, contest, candidates, request, recipe.seed, title)
-        if compare:
-            _compare(facts.folder, name, request.indices, candidates, recipe.seed)
         digest = hashlib.sha256(request.indices.astype("<i8").tobytes()).hexdigest()
         made = plain["label_request"] | {"seed": recipe.seed, "indices_sha256": digest}
         write_request(file, request.indices)
@@ -87,7 +85,7 @@ def run(
         runs.say(f"wrote {file}, picks.csv and pictures{then}")
     if format == "label-studio":
         _write_project(file, contest)
-    if late:
+    if compare and not (facts.folder / "overlap.png").is_file():
         asked = read_request(file, contest.images("unlabeled"))
         _compare(facts.folder, name, asked, look(), recipe.seed)
 

@@ -38,7 +38,7 @@ def run(
 ) -> None:
     """Pretrain as `recipe` says, unless its finished result is there; `plan_only` makes no step."""
     c, contest = recipe.pretrain, load_contest(recipe.data.contest)
-    folder = runs.entry_folder(recipe.entry or "entry") / "pretrain"
+    folder = runs.entry_folder(recipe.entry) / "pretrain"
     facts = runs.Run.of(folder, plain, ("encoder", "pretrain"), [contest.folder / "contest.json"])
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")

@@ -40,17 +40,22 @@ class Options:
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Pseudo-label as many rounds as the recipe says, or those of them that are not done yet."""
     contest, rounds = load_contest(recipe.data.contest), recipe.pseudo_label.rounds
-    entry = runs.entry_folder(recipe.entry or "entry")
+    if rounds > 1 and "pseudo" not in recipe.finetune.manifests:
+        raise InputError(
+            f"pseudo_label: rounds is {rounds}, but no fine-tuning would learn from them; 'pseudo' "
+            f"among finetune.manifests is expected"
+        )
+    entry = runs.entry_folder(recipe.entry)
     make_accelerator("auto", entry)  # where there are several processes, they meet here
-    newest, facts = _newest(entry), _facts(contest, entry, recipe, plain)
-    record = newest.with_suffix(".json") if newest else Path()
-    made = runs.read_json(record, "make pseudo-label") if record.is_file() else {}
+    newest, facts = _newest(entry, ".json"), _facts(contest, entry, recipe, plain)
+    made = runs.read_json(newest, "make pseudo-label") if newest else {}
     same_rule = not force and made.get("recipe") == facts["recipe"]
     current = same_rule and made["inputs"] == facts["inputs"]
     done = made["round"] if same_rule else 0
     settled = current and made["changed"] < recipe.pseudo_label.stop_below
-    if (done >= rounds or settled) and current:
-        runs.say(f"{newest} is up to date (--force makes it anew); next: make finetune")
+    if newest is not None and current and (done >= rounds or settled):
+        file = newest.with_suffix(".csv")
+        runs.say(f"{file} is up to date (--force makes it anew); next: make finetune")
         return
     if same_rule and not current and made["classifier"] == str(runs.latest_finetune(entry.name)):
         done -= 1  # the same classifier, but other labels are known now: that round again
@@ -63,17 +68,20 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         if rank() == 0:
             _label(recipe, contest, entry, done, _facts(contest, entry, recipe, plain))
         barrier()
-        newest = _newest(entry)
+        newest = _newest(entry, ".json")
         assert newest is not None
-        found = runs.read_json(newest.with_suffix(".json"), "make pseudo-label")
+        found = runs.read_json(newest, "make pseudo-label")
         if done < rounds and found["changed"] < recipe.pseudo_label.stop_below:
             runs.say(f"{found['changed']:.1f} % of the labels changed: no further round is made")
             break
 
 
-def _newest(entry: Path) -> Path | None:
-    files = runs.numbered(entry, "pseudo")
-    return files[-1] if files else None
+def _newest(entry: Path, suffix: str = ".csv", but: Path | None = None) -> Path | None:
+    """pseudo-K with the suffix and the highest K, `but` one; a round that was killed before its end
+    has no JSON.
+    """
+    files = [f.with_suffix(suffix) for f in runs.numbered(entry, "pseudo") if f != but]
+    return next((f for f in reversed(files) if f.is_file()), None)
 
 
 def _requested(recipe: Recipe, contest: Contest) -> list[Path]:
@@ -99,11 +107,11 @@ def _label(
 ) -> None:
     """Write pseudo-K.csv, its picture and, last, its record."""
     latest, c = runs.latest_finetune(entry.name), recipe.pseudo_label
-    apart, what = labeling.images_apart(contest, latest)
+    predictor = c.predictor()
+    apart, what = labeling.images_apart(contest, latest, predictor)
     known = labeling.labeled_images(latest, _requested(recipe, contest))
     images = labeling.unlabeled_images(contest, known)
     runs.say(f"labeling {len(images):,} images by {latest} …")
-    predictor = c.predictor()
     evidence, temperature = labeling.evidence_of(
         contest, entry, latest, images, apart, known, predictor
     )
@@ -113,7 +121,8 @@ def _label(
             f"pseudo_label: none of {len(images):,} images is sure enough; a lower bar is expected"
         )
     manifest = Manifest.of("unlabeled", images.index[rows], labels, sure, source=str(latest))
-    out, before = _next(entry, latest), _newest(entry)
+    out = _next(entry, latest)
+    before = _newest(entry, but=out)
     new = labeling.changed(read_manifest(before), manifest) if before and round_ > 1 else 100.0
     write_manifest(out, manifest, PSEUDO_LABELS)
     found = summary(predicted, labels, right, contest.classes) | {"temperature": temperature}

@@ -54,7 +54,7 @@ def _test_split(recipe: Recipe, contest: Contest) -> str | None:
 
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     """Write, check and publish the submission; where a check fails the old one is kept."""
-    contest, entry = load_contest(recipe.data.contest), recipe.entry or "entry"
+    contest, entry = load_contest(recipe.data.contest), recipe.entry
     k = recipe.submit.round
     finetune = runs.latest_finetune(entry) if k is None else runs.finetune_folder(entry, k)
     weights = runs.finished(finetune, "make finetune") / submission.WEIGHTS

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from pipeline import InputError, config, pretraining
 from pipeline.assignments import assignment_entropy
+from pipeline.checkpoint import load_torch
 from pipeline.collapse import (
     CAUSES,
     GAIN,
@@ -92,7 +93,8 @@ def test_every_method_tells_its_signs(variant: str) -> None:
     found = method.signs()
     expected = {"spread", "rank", "alignment", "uniformity"}
     expected |= {"queue_age"} if getattr(method, "queue", None) is not None else set()
-    expected |= {"assignment_entropy"} & found.keys()
+    assigns = variant.startswith(("SwAV", "SelfClassifier"))
+    expected |= {"assignment_entropy"} if assigns else set()
     assert found.keys() == expected
     assert all(isinstance(v, Tensor) and v.ndim == 0 and v.isfinite() for v in found.values())
 
@@ -163,6 +165,24 @@ def test_a_run_that_learns_nothing_is_stopped(
     monkeypatch.setattr(pretraining, "knn_accuracy", lambda *_: 10.0)
     with pytest.raises(InputError, match=r"kNN is 10\.00 % after 100% of the run, untrained"):
         run("--pretrain.steps=100", "--pretrain.knn_evals=2", "--entry=same")
+
+
+def test_it_is_stopped_on_the_way(tiny_contest: Path) -> None:
+    options = [*WITHOUT_SAFEGUARD, "--pretrain.steps=400", "--entry=long", "--pretrain.knn_evals=0"]
+    with pytest.raises(InputError, match=r"has collapsed: (spread|rank)"):
+        run(*options)
+    assert load_torch(Path("runs/long/pretrain/checkpoint.pt"))["step"] < 400
+
+
+def test_told_to_warn_it_says_every_sign(
+    tiny_contest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one of kNN, too, which comes in a line of its own after that of the loss."""
+    monkeypatch.setattr(pretraining, "knn_accuracy", lambda *_: 10.0)
+    options = ["--pretrain.steps=100", "--pretrain.knn_evals=2", "--pretrain.on_collapse=warn"]
+    folder = run(*options, "--entry=warned")
+    assert "warning: the encoder has collapsed: kNN is 10.00 % after" in capsys.readouterr().out
+    assert (folder / "encoder.safetensors").is_file()
 
 
 def test_with_its_safeguard_it_goes_on(tiny_contest: Path) -> None:

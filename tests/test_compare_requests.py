@@ -18,9 +18,9 @@ data: {contest: tiny, rehearsal: true}
 encoder: {name: resnet10t}
 pretrain: {steps: 3, batch_size: 16, resolutions: [32], knn_evals: 0}
 label_request: {budget: 8, near_duplicate: 1.1}
-finetune: {minutes: 0.002, batch_size: 16, holdout: 0.0}
+finetune: {epochs: 2, batch_size: 16, holdout: 0.0}
 """
-ARGV = ["--recipe", "recipes/r.yaml"]
+ARGV = ["--recipe", "recipes/r.yaml", "--finetune.minutes", "0.002"]
 CELLS = ["none", "Random", "KMeans", "Margin"]
 
 
@@ -116,6 +116,8 @@ def test_another_budget_is_asked_for_anew(here: Path, monkeypatch: pytest.Monkey
 
 
 def test_mistakes_are_told(here: Path) -> None:
+    with pytest.raises(InputError, match="--seeds is 0; 1 or more is expected"):
+        compare(0)
     with pytest.raises(InputError, match="there is no strategy Best; Random, EnergyStrata, KMeans"):
         compare(names="Best")
     here.with_name("given.oracle.pt").unlink()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pipeline.encoders import build_encoder, features
+from pipeline.methods.simclr import SimCLR
 
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101"]
 FITTING = [(name, stem) for name in RESNETS for stem in ("imagenet", "low_stride", "cifar")]
@@ -18,6 +19,19 @@ def test_an_encoder_gives_as_many_features_as_it_says(name: str, stem: str) -> N
     for size in (32, 64):
         with torch.no_grad():
             assert encoder(torch.zeros(1, 3, size, size)).shape == (1, features(encoder))
+
+
+@pytest.mark.parametrize("name", ["rexnet_150", "vgg16", "vit_tiny_patch16_224"])
+def test_other_kinds_of_encoders_learn(name: str) -> None:
+    """A step of SimCLR moves every weight that it should."""
+    encoder = build_encoder(name, **(VIT if name.startswith("vit") else {}))
+    method = SimCLR(encoder, hidden=16, output=8)
+    before = {k: v.clone() for k, v in encoder.named_parameters()}
+    optimizer = torch.optim.SGD(method.parameters(), 0.1)
+    method([torch.randn(2, 3, 32, 32) for _ in range(2)]).backward()
+    optimizer.step()
+    moved = [not torch.equal(v, before[k]) for k, v in encoder.named_parameters()]
+    assert sum(moved) > 0.9 * len(moved)
 
 
 def test_a_small_vit() -> None:

@@ -167,6 +167,9 @@ def test_val_may_not_be_chosen_by_in_a_rehearsal(pretrained: Path) -> None:
         run("--finetune.monitor=val")
     with pytest.raises(InputError, match="labels of val are among the manifests"):
         run("--finetune.manifests=[train,data_manifests/tiny/val.csv]")
+    file.write_text(file.read_text().replace('"rehearsal": true', '"rehearsal": false'))
+    with pytest.raises(InputError, match="in a rehearsal val stands"):  # the recipe says so, too
+        run("--finetune.monitor=val", "--data.rehearsal=true")
 
 
 def test_held_out_labels_are_judged_by_the_logits_of_their_split(pretrained: Path) -> None:
@@ -210,6 +213,26 @@ def test_from_scratch_needs_no_encoder_and_pretrained_does(tiny_contest: Path) -
     expected = "runs/s/pretrain/provenance.json is not there; `make pretrain` makes it"
     assert str(error.value) == expected
     assert run("--finetune.init=scratch", "--finetune.steps=2", entry="s").is_dir()
+
+
+def test_an_encoder_other_than_the_pretrained_one_is_refused(pretrained: Path) -> None:
+    with pytest.raises(InputError, match=r"holds another encoder .*: encoder\.stem imagenet → cif"):
+        run("--encoder.stem=cifar")
+
+
+def test_pseudo_labels_of_another_encoder_are_refused(pretrained: Path) -> None:
+    """They are the labels of a fine-tuning from weights that are no longer there."""
+    folder = run("--finetune.steps=2")
+    pseudo = folder.parent / "pseudo-1.csv"
+    pseudo.write_text("split,index,label,confidence,source\nunlabeled,1,0,0.9,x\n")
+    runs.write_json(pseudo.with_suffix(".json"), {"classifier": str(folder)})
+    run("--finetune.steps=2")
+    made = runs.read_json(folder / "provenance.json", "")
+    weights = next(name for name in made["inputs"] if name.endswith("encoder.safetensors"))
+    made["inputs"][weights] = "0" * 64
+    runs.write_json(folder / "provenance.json", made)
+    with pytest.raises(InputError, match=r"pseudo-1.csv was labeled by .*, which began at another"):
+        run("--finetune.steps=3")
 
 
 def test_outside_weights_are_marked_as_transfer(tiny_contest: Path) -> None:
@@ -261,10 +284,48 @@ def test_settings_out_of_range_are_refused(option: str, reason: str) -> None:
         config.parse("", argv=["--finetune.evals=0", "--finetune.schedule=plateau"])
 
 
-def test_a_resumed_round_is_bit_identical(
+def test_steps_are_timed_as_they_are_made(
     pretrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--finetune.ema=0.9", "--finetune.schedule=plateau", "--finetune.patience=0"]
+    """In training mode, which the probe before it has left."""
+    step, seen = Trainer.step, list[bool]()
+
+    def watched(self: Any, *rest: Any) -> None:
+        seen.append(self.module.training and self.module.classifier.training)
+        step(self, *rest)
+
+    monkeypatch.setattr(Trainer, "step", watched)
+    run("--finetune.minutes=0.001", "--finetune.probe_first=true")
+    assert len(seen) > 7
+    assert all(seen)
+
+
+MIXED = ["--finetune.manifests=[train,more.csv]", "--finetune.balanced=true"]
+MIXED += ["--finetune.mixup=0.4", "--finetune.cutmix=1.0", "--finetune.layer_decay=0.5"]
+MIXED += ["--finetune.weigh_by_confidence=true", "--finetune.ema=0.5"]
+
+
+def write_more() -> None:
+    write_manifest(
+        Path("more.csv"),
+        Manifest.of("unlabeled", np.arange(9), np.zeros(9, np.int64), np.linspace(0.1, 0.9, 9)),
+        ["split", "index", "label", "confidence", "source"],
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--finetune.ema=0.9", "--finetune.schedule=plateau", "--finetune.patience=0"],
+        MIXED,
+        ["--finetune.consistency=FixMatch", "--finetune.consistency.ratio=2"],
+        ["--finetune.consistency=FreeMatch", "--finetune.consistency.aligned=true"],
+    ],
+)
+def test_a_resumed_round_is_bit_identical(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    write_more()
     whole = load_torch(run(*options) / "checkpoint.pt")
     step = Trainer.step
 
@@ -286,26 +347,19 @@ def test_a_resumed_round_is_bit_identical(
 
 
 def test_all_that_regularizes_goes_together(pretrained: Path) -> None:
-    """Layer-wise rates, both mixes, balance and weights; interrupted, it ends the same."""
-    write_manifest(
-        Path("more.csv"),
-        Manifest.of("unlabeled", np.arange(9), np.zeros(9, np.int64), np.linspace(0.1, 0.9, 9)),
-        ["split", "index", "label", "confidence", "source"],
-    )
-    options = ["--finetune.manifests=[train,more.csv]", "--finetune.balanced=true"]
-    options += ["--finetune.mixup=0.4", "--finetune.cutmix=1.0", "--finetune.layer_decay=0.5"]
-    options += ["--finetune.weigh_by_confidence=true", "--finetune.ema=0.5"]
-    whole = load_tensors(run(*options) / "classifier.safetensors")[0]
-    plain = load_tensors(run(*options[:2], force=True) / "classifier.safetensors")[0]
+    """Layer-wise rates, both mixes, balance and weights; made anew, it ends the same."""
+    write_more()
+    whole = load_tensors(run(*MIXED) / "classifier.safetensors")[0]
+    plain = load_tensors(run(*MIXED[:2], force=True) / "classifier.safetensors")[0]
     assert not torch.equal(whole["head.weight"], plain["head.weight"])
-    again = load_tensors(run(*options, force=True) / "classifier.safetensors")[0]
+    again = load_tensors(run(*MIXED, force=True) / "classifier.safetensors")[0]
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
 
 
 @pytest.mark.parametrize("kind", ["FixMatch", "FreeMatch"])
 def test_unlabeled_images_are_learned_from(pretrained: Path, kind: str) -> None:
-    """Its log tells how many are sure enough; started again from a checkpoint, it ends the same."""
+    """Its log tells how many are sure enough; made anew, it ends the same."""
     options = [f"--finetune.consistency={kind}", "--finetune.consistency.ratio=2"]
     options += ["--finetune.view.crop_scale=[0.6,1.0]", "--finetune.log_steps=5"]
     folder = run(*options)

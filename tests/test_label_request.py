@@ -163,6 +163,43 @@ def test_further_entries_vote(here: Path) -> None:
     assert not set(both) & set(alone)
 
 
+def test_a_voter_of_another_contest_is_refused(here: Path) -> None:
+    write_finetune()
+    other = Path("runs/other/finetune-0")
+    shutil.copytree("runs/entry/finetune-0", other)
+    vote = ("--label_request.strategy", "Margin", "--label_request.voters", "[other]")
+    np.save(other / "logits/unlabeled.npy", np.zeros((59, 4), np.float32))
+    with pytest.raises(InputError, match="runs/other/finetune-0 is of another contest than small"):
+        ask(*vote)
+    np.save(other / "logits/unlabeled.npy", np.zeros((60, 4), np.float32))
+    Path("elsewhere.json").touch()
+    made = {"inputs": {"elsewhere.json": hashlib.sha256(b"").hexdigest()}}
+    (other / "provenance.json").write_text(json.dumps(made))
+    with pytest.raises(InputError, match=r"a fine-tuning on data_manifests/.* is expected"):
+        ask(*vote)
+    assert not Path("runs/entry/label_request/request_00.csv").exists()
+
+
+def test_a_request_is_there_before_it_is_compared(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while other strategies are seen, it is whole, and they are seen the next time."""
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    write_finetune()
+    with monkeypatch.context() as m:
+        m.setattr(label_request, "_compare", killed)
+        with pytest.raises(KeyboardInterrupt):
+            ask(compare=True)
+    file = here / "runs/entry/label_request/request_00.csv"
+    written = file.stat().st_mtime_ns
+    ask(compare=True)
+    assert file.stat().st_mtime_ns == written
+    assert file.with_name("overlap.csv").is_file()
+
+
 def test_a_request_is_made_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ask()
     file = here / "runs/entry/label_request/request_00.csv"

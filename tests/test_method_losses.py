@@ -117,16 +117,16 @@ def test_swav_is_lightlys(crops: int, queue: int) -> None:
     """Two global views and local ones, with and without a queue."""
     method = small("SwAV", queue=queue, prototypes=7, output=5).double()
     z = random(crops, 6, 5)
-    c = method.prototypes.detach()
+    c = method.prototypes
     older = None
     if queue:
         for _ in range(2):  # until it is full
             method._newest = F.normalize(torch.randn(2, 6, 5, dtype=torch.float64), dim=2)
             method.after_update(1.0)
-        older = [entries @ c.T for entries in method.queue.entries]  # type: ignore[union-attr]
+        older = [entries @ c.T.detach() for entries in method.queue.entries]  # type: ignore[union-attr]
     scores = [row @ c.T for row in z]
     theirs = SwaVLoss(0.1, 3, 0.05)(scores[:2], scores[2:], older)
-    assert_same(method.loss(z), theirs, z)
+    assert_same(method.loss(z), theirs, z, c)
 
 
 def test_a_queue_that_is_not_full_does_not_count() -> None:
@@ -147,6 +147,17 @@ def test_sinkhorn_uses_every_prototype_alike() -> None:
     q = sinkhorn(torch.rand(64, 8, dtype=torch.float64), 0.05, 200, None)
     torch.testing.assert_close(q.sum(1), torch.ones(64, dtype=torch.float64))
     torch.testing.assert_close(q.sum(0), torch.full((8,), 8.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("queued", [False, True])
+def test_sinkhorn_holds_where_prototypes_are_far_from_all(queued: bool) -> None:
+    """In float32 and at a small ε, where their scores alone would be 0 in the sum."""
+    scores = torch.tensor([[1.0, -1.0, 0.9], [0.9, -0.8, -1.0], [0.0, 0.0, 0.0]])
+    weights = torch.tensor([1.0, 1.0, 0.0]) if queued else None
+    q = sinkhorn(scores, 0.01, 3, weights)
+    assert q.isfinite().all()
+    torch.testing.assert_close(q[:2].sum(1), torch.ones(2))
+    assert not queued or q[2].eq(0).all()
 
 
 def test_prototypes_stay_as_they_are_at_first() -> None:
@@ -193,6 +204,24 @@ def test_self_classifier_equals_the_papers_loops(shape: tuple[int, int, int]) ->
     got = uniform_prior_loss(rows, classes, 0.3, 0.2).item()
     logits = (rows @ classes.T).detach()
     assert got == pytest.approx(self_classifier_by_loops(logits, 0.3, 0.2), rel=1e-10, abs=1e-12)
+
+
+def test_self_classifier_is_the_mean_of_its_heads() -> None:
+    method, z = small("SelfClassifier").double(), random(2, 6, 5)
+    rows, t = F.normalize(z, dim=2).detach(), (method.row, method.column)
+    each = [self_classifier_by_loops(rows @ h.weight.T.detach(), *t) for h in method.heads]  # type: ignore[union-attr, arg-type]
+    assert len(each) > 1
+    assert method.loss(rows).item() == pytest.approx(sum(each) / len(each), rel=1e-9)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_self_classifiers_head_is_the_published_one(norm: bool) -> None:
+    """Linear, batch norm, leaky ReLU, linear; each class vector of unit length."""
+    method = small("SelfClassifier", norm=norm)
+    names = [type(layer).__name__ for layer in method.projector]  # type: ignore[union-attr, arg-type]
+    assert names == ["Linear", *["BatchNorm1d"] * norm, "LeakyReLU", "Linear"]
+    for head in method.heads:  # type: ignore[union-attr]
+        torch.testing.assert_close(head.weight.norm(dim=1), torch.ones(len(head.weight)))
 
 
 @pytest.mark.parametrize("block", [1, 2, 5])

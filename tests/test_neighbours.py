@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.neighbours import kmeans, nearest_distinct, search
+from pipeline import neighbours
+from pipeline.neighbours import graph, kmeans, nearest_distinct, search, shares
 
 
 def unit(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -119,6 +120,62 @@ def test_torch_and_faiss_share_a_process_and_threads_change_nothing() -> None:
         assert done.returncode == 0, done.stderr
         found |= set(done.stdout.split())
     assert len(found) == 1
+
+
+@pytest.fixture
+def in_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done at half a million rows, at a few thousand."""
+    monkeypatch.setattr(neighbours, "_gpus", lambda: 0)
+    monkeypatch.setattr(neighbours, "_PAIRS", 1)
+    monkeypatch.setattr(neighbours, "_DISTANCES", 1000)
+    monkeypatch.setattr(neighbours, "_CELL", 64)
+
+
+def clustered(n: int, clusters: int = 40) -> np.ndarray:
+    x = unit(clusters, 16)[np.arange(n) % clusters] + 0.15 * unit(n, 16, 1)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_a_graph_in_cells_finds_most_of_the_nearest(in_cells: None) -> None:
+    x = clustered(4000)
+    everything = x @ x.T
+    np.fill_diagonal(everything, -1)
+    similarities, near = graph(x, 10)
+    assert similarities.shape == near.shape == (4000, 10)
+    np.testing.assert_allclose(similarities, np.take_along_axis(everything, near, 1), atol=1e-5)
+    assert (np.diff(similarities, axis=1) <= 1e-6).all()
+    assert (near != np.arange(4000)[:, None]).all()
+    exact = np.argsort(-everything, axis=1)[:, :10]
+    found = [len(np.intersect1d(*pair)) for pair in zip(near, exact, strict=True)]
+    assert np.mean(found) > 9.8
+    few = graph(x, 10, probes=1)[1]  # as a check that cells are what is looked into
+    missed = [len(np.intersect1d(*pair)) for pair in zip(few, exact, strict=True)]
+    assert np.mean(missed) < np.mean(found)
+
+
+@pytest.mark.parametrize("k", [70, 1500])
+def test_kmeans_in_cells_has_as_many_centers(in_cells: None, k: int) -> None:
+    x = clustered(2000)
+    centers, own = kmeans(x, k, 10, 0)
+    assert centers.shape == (k, 16)
+    np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, atol=1e-5)
+    assert (own >= 0).all()
+    assert (own < k).all()
+    got = np.einsum("nd,nd->n", x, centers[own]).mean()
+    assert got > np.einsum("nd,nd->n", x, unit(40, 16)[np.arange(2000) % 40]).mean() - 0.02
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=12), part=st.floats(0, 1))
+def test_shares_are_in_proportion(sizes: list[int], part: float) -> None:
+    total = round(part * sum(sizes))
+    taken = shares(np.array(sizes), total)
+    assert taken.sum() == total
+    assert (taken <= sizes).all()
+    if total >= np.count_nonzero(sizes):
+        assert (taken[np.array(sizes) > 0] >= 1).all()
+        fair = total * np.array(sizes) / max(sum(sizes), 1)
+        assert (np.abs(taken - fair) <= len(sizes)).all()
 
 
 def test_kmeans_depends_on_the_seed() -> None:

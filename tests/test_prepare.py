@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import InputError, config, contest_layout, duplicates, packed
+from pipeline import InputError, config, contest_layout, duplicates, packed, runs
 from pipeline.manifest import load_contest, read_manifest
 from stages import prepare
 from tests.conftest import ROOT, make_contest_folder
@@ -497,7 +497,7 @@ def test_a_wrong_root_or_name_is_refused(root: Path, argv: list[str], message: s
 
 def test_a_full_disk_is_noticed_before_packing(root: Path, monkeypatch: pytest.MonkeyPatch):
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
     assert refusal(root) == (
         "data/tiny has 0.0 GB free; 0.0 GB are needed for 28 images of 16 × 16"
     )

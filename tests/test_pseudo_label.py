@@ -32,6 +32,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def fine_tuned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """stages.finetune replaced by one that writes logits; the names of the label files it found."""
+    calls: list[str] = []
+
+    def run(recipe: Any, plain: dict[str, Any], force: bool = False) -> Path:
+        files = [f.name for f in runs.numbered(Path("runs/entry"), "pseudo")]
+        calls.append(" ".join(files))
+        return write_finetune(len(files))
+
+    monkeypatch.setattr(finetune, "run", run)
+    return calls
+
+
 def record(number: int = 1) -> Any:
     return json.loads(Path(f"runs/entry/pseudo-{number}.json").read_text())
 
@@ -196,13 +210,19 @@ def test_precision_falls_back_on_val_and_says_so(here: Path) -> None:
     assert found["precision"] == pytest.approx(100 * right.mean())
 
 
-def test_val_changes_no_label(here: Path) -> None:
+@pytest.mark.parametrize("space", ["", "embeddings", "predictions"])
+def test_val_changes_no_label(here: Path, space: str) -> None:
     """Nothing of a rehearsal is chosen by its val."""
     latest = write_finetune(held=False)
-    start(pseudo_label)
+    options = [f"--pseudo_label.predictor.{word}" for word in ("neighbors=8", f"space={space}")]
+    options = ["--pseudo_label.predictor=Propagation", *options] if space else []
+    start(pseudo_label, *options)
     first = Path("runs/entry/pseudo-1.csv").read_bytes()
-    np.save(latest / "logits/val.npy", np.random.default_rng(9).standard_normal((24, CLASSES)))
-    start(pseudo_label, force=True)
+    other = np.random.default_rng(9).standard_normal((24, 8)).astype(np.float32)
+    np.save(latest / "logits/val.npy", other[:, :CLASSES])
+    np.save("runs/entry/embeddings/val.npy", other / np.linalg.norm(other, axis=1, keepdims=True))
+    start(pseudo_label, *options, force=True)
+    assert (record()["precision"] is None) == bool(space)
     assert Path("runs/entry/pseudo-1.csv").read_bytes() == first
 
 
@@ -278,23 +298,28 @@ def test_a_round_that_was_killed_before_its_record_is_left_out(here: Path) -> No
     assert [row.split(",")[0] for row in rows[1:]] == ["pseudo-2.csv"]
 
 
+def test_a_round_that_was_killed_before_its_record_is_made_again(
+    here: Path, fine_tuned: list[str]
+) -> None:
+    """The rounds before it count: it is the second of two, not the first of further ones."""
+    write_finetune()
+    start(pseudo_label, "--pseudo_label.rounds", "2")
+    Path("runs/entry/pseudo-2.json").unlink()
+    start(pseudo_label, "--pseudo_label.rounds", "2")
+    assert [record(k)["round"] for k in (1, 2)] == [1, 2]
+    assert len(fine_tuned) == 1
+    assert not Path("runs/entry/pseudo-3.csv").exists()
+
+
+def test_rounds_that_nothing_would_learn_from_are_refused(here: Path) -> None:
+    write_finetune()
+    with pytest.raises(InputError, match="rounds is 2, but no fine-tuning would learn from them"):
+        start(pseudo_label, "--pseudo_label.rounds=2", "--finetune.manifests=[train]")
+
+
 def test_without_a_classifier_there_are_no_pseudo_labels(here: Path) -> None:
     with pytest.raises(InputError, match="holds no finished finetune-K"):
         start(pseudo_label)
-
-
-@pytest.fixture
-def fine_tuned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """stages.finetune replaced by one that writes logits; the names of the label files it found."""
-    calls: list[str] = []
-
-    def run(recipe: Any, plain: dict[str, Any], force: bool = False) -> Path:
-        files = [f.name for f in runs.numbered(Path("runs/entry"), "pseudo")]
-        calls.append(" ".join(files))
-        return write_finetune(len(files))
-
-    monkeypatch.setattr(finetune, "run", run)
-    return calls
 
 
 def test_rounds_fine_tune_in_between(here: Path, fine_tuned: list[str]) -> None:
@@ -359,3 +384,18 @@ def test_new_labels_repeat_the_round(here: Path, fine_tuned: list[str]) -> None:
     assert 10 not in read_manifest(Path("runs/entry/pseudo-1.csv")).index
     assert not fine_tuned
     assert not Path("runs/entry/pseudo-2.csv").exists()
+
+
+def test_a_round_that_is_repeated_is_held_against_the_one_before(
+    here: Path, fine_tuned: list[str]
+) -> None:
+    write_finetune()
+    options = ("--pseudo_label.rounds", "2", "--pseudo_label.strategy.fraction", "1.0")
+    start(pseudo_label, *options)
+    Path("data_manifests/small/requested-1.csv").write_text(
+        "split,index,label,source\nunlabeled,10,1,x\n"
+    )
+    start(pseudo_label, *options)
+    first, second = (read_manifest(Path(f"runs/entry/pseudo-{k}.csv")) for k in (1, 2))
+    assert 10 not in second.index
+    assert record(2)["changed"] == pytest.approx(labeling.changed(first, second))

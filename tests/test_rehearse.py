@@ -121,6 +121,12 @@ print(json.dumps(results))
 """
 
 
+def test_a_contest_with_nothing_unlabeled_is_refused(images: Path) -> None:
+    with pytest.raises(InputError, match="unlabeled would be empty: of each class 1000 images go"):
+        make("--source", images, "--out", "mine", "--per-class", 1000)
+    assert not Path("mine").exists()
+
+
 def test_answers_equal_the_organizers(shared: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.save(torch.tensor([5, 1, 4, 2, 0, 0, 3, 9, 8, 7]), "oracle.pt")

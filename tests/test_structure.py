@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import config
+
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted((ROOT / "pipeline").rglob("*.py"))
 STAGES = sorted(p for p in (ROOT / "stages").glob("*.py") if p.stem != "__init__")
@@ -119,9 +121,22 @@ def test_make_alone_lists_every_target_in_the_order_of_use() -> None:
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = [line.split()[1] for line in done.stdout.splitlines()]
     assert listed == re.findall(r"^([a-z][a-z-]*):", makefile(), re.MULTILINE)
-    order = "setup demo test data pretrain embed evaluate label-request import-labels"
-    order += " pseudo-label finetune submit rehearse bench"
+    order = "setup demo test data pretrain embed evaluate finetune label-request import-labels"
+    order += " pseudo-label submit rehearse bench"
     assert [target for target in listed if target in order.split()] == order.split()
+
+
+@pytest.mark.parametrize("target", ["pretrain", "submit", "compare-finetunings"])
+def test_a_recipe_that_is_missing_is_asked_for(target: str) -> None:
+    words = ["make", "-n", target]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert f"RECIPE= is missing, as in: make {target} RECIPE=recipes/mini98.yaml" in done.stderr
+
+
+@each(sorted((ROOT / "recipes").glob("*.yaml")))
+def test_a_recipe_is_one(path: Path) -> None:
+    assert config.parse("", argv=["--recipe", str(path)]).recipe.entry == path.stem
 
 
 @each(METHODS)

@@ -23,7 +23,7 @@ from pipeline.classifiers import (
     save_classifier,
 )
 from pipeline.encoders import build_encoder
-from pipeline.ensembles import Choice, mixture_weights
+from pipeline.ensembles import Choice, cross_fitted, mixture_weights
 from pipeline.inference import predict_split
 from pipeline.manifest import Contest, load_contest, write_manifest
 from pipeline.packed import Form, decode
@@ -292,23 +292,35 @@ def test_mixture_weights_are_those_of_the_likeliest_mixture() -> None:
     np.testing.assert_allclose(mixture_weights(half, labels), [0.5, 0.5], atol=0.02)
 
 
+def test_a_vote_is_judged_with_weights_of_other_labels() -> None:
+    p = np.random.default_rng(0).dirichlet(np.ones(4), (3, 9)).astype(np.float32)
+    labels = np.random.default_rng(1).integers(0, 4, 9)
+    seen = cross_fitted(p, labels)
+    for k in range(9):
+        other = np.arange(9) % 2 != k % 2
+        weights = mixture_weights(p[:, other], labels[other])
+        np.testing.assert_allclose(seen[k], weights @ p[:, k], rtol=1e-5)
+    assert cross_fitted(p[:, :1], labels[:1]).shape == (1, 4)  # no other label: all weigh the same
+
+
 def test_several_vote_only_where_that_is_better(
     contest: Contest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three labels held out by all; a member of no use, then two that are right by turns."""
+    """Eight labels held out by all; a member of no use, then two that are right by turns."""
     first, second = finetuned(contest), finetuned(contest, entry="other")
-    held = contest.manifest("train").usable().take(np.arange(70, 73))
+    held = contest.manifest("train").usable().take(np.arange(70, 78))
     write_manifest(second / "holdout.csv", held)
-    sure, wrong = 0.9 * np.eye(4)[held.label] + 0.025, np.full((3, 4), 0.25)
-    wrong[:, (held.label + 1) % 4] += 0.1
+    sure, wrong = 0.9 * np.eye(4)[held.label] + 0.025, np.full((8, 4), 0.25)
+    wrong[np.arange(8), (held.label + 1) % 4] += 0.1
     answers = {first: sure, second: wrong}
     monkeypatch.setattr(ensembles, "_probabilities", lambda c, h, folder, m: answers[folder])
     chosen = ensembles.choose(contest, [first, second], mirror=True)
     assert (chosen.members, chosen.weights, chosen.mirror) == ([first], [1.0], False)
     assert chosen.plain
     assert len(chosen.tried) == 4  # the vote is that of the first alone
-    answers[first] = np.where(np.arange(3)[:, None] == 0, 0.2 * wrong + 0.2, sure)
-    answers[second] = np.where(np.arange(3)[:, None] == 0, sure, 0.2 * wrong + 0.2)
+    seconds = np.isin(np.arange(8), [0, 3, 6])[:, None]  # some of either half
+    answers[first] = np.where(seconds, 0.2 * wrong + 0.2, sure)
+    answers[second] = np.where(seconds, sure, 0.2 * wrong + 0.2)
     chosen = ensembles.choose(contest, [first, second], mirror=False)
     assert chosen.members == [first, second]
     assert sum(chosen.weights) == pytest.approx(1)

@@ -143,7 +143,8 @@ def check_above(method: nn.Module, low: float = 0, **values: float) -> None:
     """Raise InputError, naming method and argument, where a value is not above `low`."""
     for name, value in values.items():
         if value <= low:
-            raise InputError(f"{type(method).__name__}: {name} is {value}; above {low} is expected")
+            least = f"{low + 1} or more" if isinstance(value, int) else f"above {low}"
+            raise InputError(f"{type(method).__name__}: {name} is {value}; {least} is expected")
 
 
 def check_fraction(method: nn.Module, **values: float) -> None:

@@ -19,7 +19,8 @@ class SelfClassifier(Method):
         column_temperature: float = 0.05,
         hidden: int = 4096,
         output: int = 128,
-        depth: int = 3,
+        depth: int = 2,
+        norm: bool = True,
     ) -> None:
         """Classifiers that learn classes of their own, on which two views have to agree.
 
@@ -33,6 +34,7 @@ class SelfClassifier(Method):
             hidden: width of the hidden layers before the heads.
             output: width of the unit-length embeddings that the heads see.
             depth: linear layers before the heads.
+            norm: batch norm between these, as in all runs of the authors' scripts.
         """
         super().__init__()
         classes = [1000, 2000, 4000, 8000] if classes is None else classes
@@ -41,11 +43,12 @@ class SelfClassifier(Method):
         check_above(self, hidden=hidden, output=output, depth=depth)
         self.encoder, self.row, self.column = encoder, row_temperature, column_temperature
         widths = [features(encoder), *[hidden] * (depth - 1), output]
-        self.projector = mlp(widths, norm=False, activation=nn.LeakyReLU)
+        self.projector = mlp(widths, norm=norm, activation=nn.LeakyReLU)
         for layer in self.projector:
             if isinstance(layer, nn.Linear):  # as in the authors' code (src/model.py, MLPHead)
                 nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         self.heads = nn.ModuleList(
             weight_norm(nn.Linear(output, count, bias=False)) for count in classes
         )
