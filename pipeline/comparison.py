@@ -138,10 +138,11 @@ def precision_table(records: Records, control: str, facts: dict[str, Any]) -> st
             more = [r[c] - by[control][of][c] for of, r in own.items()]
             cells.append("control" if name == control else mean_and_error(more, "+.2f"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    count = len(by[control])
+    those = f"± the standard error over {count} classifiers" if count > 1 else "one classifier"
     return "\n".join(lines) + (
         f"\n\nPercent of right labels among the surest images of {facts['contest']}, by their true "
-        f"labels; ± the standard error over {len(by[control])} classifiers. Written by "
-        f"`{facts['command']}` on {facts['machine']}."
+        f"labels; {those}. Written by `{facts['command']}` on {facts['machine']}."
     )
 
 
@@ -167,10 +168,12 @@ def entry_table(rows: dict[str, Records], control: str, command: str) -> str:
         cells += [mean_and_error(held) if held else "", " + ".join(f"{m:.1f}" for m in minutes)]
         lines.append(f"| {' | '.join(cells)} |")
     machines = "; ".join(sorted({r["machine"] for records in done.values() for r in records}))
+    several = any(len(records) > 1 for records in done.values())
+    error = ", ± the standard error over the seeds" if several else ""
     return "\n".join(lines) + (
-        f"\n\nTop-1 in percent on val and on the labels held out of train, ± the standard error "
-        f"over the seeds; minutes of training, pretraining + fine-tuning (a peer's from start to "
-        f"end). Written by `{command}` on {machines}."
+        f"\n\nTop-1 in percent on val and on the labels held out of train{error}; minutes of "
+        f"training, pretraining + fine-tuning (a peer's from start to end). Written by "
+        f"`{command}` on {machines}."
     )
 
 

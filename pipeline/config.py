@@ -97,6 +97,10 @@ def _replace_budgets(argv: list[str]) -> list[str]:
 def _in_words(error: str) -> str:
     """A parser's error, without Python's names for things: where, what is wrong, what to do."""
     key, _, rest = error.removeprefix('Parser key "').partition('": ')
+    if found := re.match(r"unrecognized arguments: ([^\s=]+)", error):
+        return f"there is no {found[1]}; --help lists what there is"
+    if found := re.search(r"File does not exist: '(.*)'", rest):
+        return f"--{key} {found[1]} is not there; a file is expected"
     if found := re.search(r"Group '(.*)' does not accept option '(.*)'", error):
         return f"{found[1]} has no {found[2]}; --help lists what there is"
     if found := re.search(r"Expected a dot import path string: (\S+)", rest):

@@ -61,7 +61,7 @@ class Typicality(Strategy):
     def __init__(self, neighbors: int = 20, iterations: int = 20) -> None:
         """The most typical image of each cluster without a label, from the largest cluster on
         (TypiClust, arXiv 2202.02794, section 3); k-means has a cluster for every label there will
-        be.
+        be, and an image's neighbors are those in the whole pool, not in its cluster alone.
 
         Args:
             neighbors: whose mean distance an image's typicality is one over.
@@ -107,8 +107,9 @@ class ProbCover(Strategy):
 
         A ball ends where images of another k-means cluster (as many as classes) begin, for a part
         `purity` of the images (their section 3.3), and at the cosine of the 50th neighbor (the
-        median of all) at the latest.  When every image is covered, they are covered again from the
-        start.
+        median of all) at the latest; it holds an image's 50 nearest and those that have it among
+        theirs, in dense places not all that are as near.  When every image is covered, they are
+        covered again from the start, by picks alone.
 
         Args:
             purity: part of the images whose ball has no image of another cluster.

@@ -48,7 +48,7 @@ def run(argv: list[str]) -> None:
             records.append({"predictor": name, "classifier": str(folder), **precision})
             words = ", ".join(f"{value:.2f} % right of {key}" for key, value in precision.items())
             runs.say(f"{folder}, {name}: {words}")
-    command = shlex.join(["python", "-m", "stages.compare_pseudo_labels", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", "stages.compare_pseudo_labels", *argv])
     done = {"contest": contest.name, "machine": processor(), "command": command}
     file = Path("docs/requests") / f"{entry.name}-pseudo.json"
     runs.write_json(file, done | {"cells": records})

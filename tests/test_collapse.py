@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from pipeline import InputError, config, pretraining
 from pipeline.assignments import assignment_entropy
-from pipeline.checkpoint import load_torch
 from pipeline.collapse import (
     CAUSES,
     GAIN,
@@ -169,9 +168,10 @@ def test_a_run_that_learns_nothing_is_stopped(
 
 def test_it_is_stopped_on_the_way(tiny_contest: Path) -> None:
     options = [*WITHOUT_SAFEGUARD, "--pretrain.steps=400", "--entry=long", "--pretrain.knn_evals=0"]
-    with pytest.raises(InputError, match=r"has collapsed: (spread|rank)"):
+    with pytest.raises(
+        InputError, match=r"has collapsed: (spread|rank) is .* after [2-9]\d% of the"
+    ):
         run(*options)
-    assert load_torch(Path("runs/long/pretrain/checkpoint.pt"))["step"] < 400
 
 
 def test_told_to_warn_it_says_every_sign(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import config
+from pipeline import InputError, config
 
 RECIPE = """
 pretrain:
@@ -33,6 +33,19 @@ def test_another_method_inherits_nothing(
     _, _, plain = config.parse("", argv=["--recipe", str(file), *argv])
     found = plain["pretrain"]["method"]["init_args"]
     assert {k: found[k] for k in expected} == expected
+
+
+def test_a_misspelt_field_of_a_recipe_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    for text, message in (
+        ("pretrain: {bach: 4}", "pretrain has no bach; --help lists what there is"),
+        (RECIPE.replace("queue", "quue"), "pretrain.method: MoCo has no quue; --pretrain.method.h"),
+        (RECIPE.replace("4096", "x"), "pretrain.method.queue is x; a whole number is expected"),
+        (RECIPE.replace("MoCo", "Moca"), "pretrain.method is Moca; BYOL or BarlowTwins or MoCo or"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=message):
+            config.parse("", argv=["--recipe", str(file)])
 
 
 def test_a_recipe_without_arguments_has_the_methods_own_defaults(tmp_path: Path) -> None:

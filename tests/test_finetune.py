@@ -295,7 +295,7 @@ def test_steps_are_timed_as_they_are_made(
         step(self, *rest)
 
     monkeypatch.setattr(Trainer, "step", watched)
-    run("--finetune.minutes=0.001", "--finetune.probe_first=true")
+    run("--finetune.steps=null", "--finetune.minutes=0.001", "--finetune.probe_first=true")
     assert len(seen) > 7
     assert all(seen)
 

@@ -205,7 +205,8 @@ def test_a_resolution_that_leaves_nothing_is_refused(tiny_contest: Path) -> None
         (["--pretrain.epochs=x"], "pretrain.epochs is x; a number or null is expected"),
         (["--pretrain.resolutions=48,64"], "pretrain.resolutions is 48,64; a list in brackets"),
         (["--encoder.stem=x"], "encoder.stem is x; one of 'imagenet', 'low_stride', 'cifar' is"),
-        (["--pretrain.batch=4"], "pretrain has no batch; --help lists what there is"),
+        (["--recipe=nope.yaml"], r"--recipe .*nope.yaml is not there; a file is expected"),
+        (["--pretrain.bach=4"], "there is no --pretrain.bach; --help lists what there is"),
         (["--pretrain.method=Moco"], "pretrain.method is Moco; BYOL or BarlowTwins or MoCo or"),
         (
             ["--pretrain.method.queue=4"],

@@ -61,6 +61,6 @@ def test_a_misspelt_option_does_not_cost_the_last_demo(
     Path("recipes").mkdir()
     Path("recipes/demo.yaml").write_text(recipe)
     Path("runs/demo").mkdir(parents=True)
-    with pytest.raises(InputError, match="pretrain has no stepz"):
+    with pytest.raises(InputError, match=r"there is no --pretrain\.stepz; --help"):
         demo.run(Namespace(source=None), ["--pretrain.stepz=1"])
     assert Path("runs/demo").is_dir()
