@@ -18,9 +18,17 @@ from pipeline.runs import replacing
 
 
 def save_torch(path: Path, value: Any) -> None:
-    """Write tensors in plain containers as torch does."""
-    with replacing(path) as aside:
-        torch.save(value, aside)
+    """Write tensors in plain containers as torch does; InputError where the disk takes no more."""
+    try:
+        with replacing(path) as aside:
+            torch.save(value, aside)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        raise InputError(_unwritten(path, error)) from None
+
+
+def _unwritten(path: Path, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{path} cannot be written ({reason}); a disk with room, open to us, is expected"
 
 
 def load_torch(path: Path) -> Any:
@@ -50,7 +58,8 @@ def load_torch(path: Path) -> Any:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write a safetensors file with `metadata` (plain data) in its header.
 
-    Raises InputError where a tensor holds NaN or infinity: no file of weights ever does.
+    Raises InputError where a tensor holds NaN or infinity, as no file of weights ever does, and
+    where the disk does not take it.
     """
     bad = [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
@@ -58,9 +67,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
             f"{path}: not written, {bad[0]} holds NaN or infinity; lower the learning rate"
         )
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    with replacing(path) as aside:
-        aside.touch()  # with the permissions of other files
-        save_file(plain, aside, {"json": json.dumps(metadata)})
+    try:
+        with replacing(path) as aside:
+            aside.touch()  # with the permissions of other files
+            save_file(plain, aside, {"json": json.dumps(metadata)})
+    except (OSError, SafetensorError) as error:
+        raise InputError(_unwritten(path, error)) from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

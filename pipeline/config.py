@@ -103,12 +103,14 @@ def _in_words(error: str) -> str:
         return f"--{key} {found[1]} is not there; a file is expected"
     if found := re.search(r"Group '(.*)' does not accept option '(.*)'", error):
         return f"{found[1]} has no {found[2]}; --help lists what there is"
-    if found := re.search(r"Expected a dot import path string: (\S+)", rest):
-        return f"{key} is {found[1]}; {' or '.join(_classes(key))} is expected"
+    found = re.search(r"Expected a dot import path string: (\S+)", rest)
+    if found and (names := _classes(key)):
+        return f"{key} is {found[1]}; {' or '.join(names)} is expected"
     if found := re.search(r"Option '(.*?)' is not accepted.*class_path='[\w.]*?(\w+)'", rest):
         return f"{key}: {found[2]} has no {found[1]}; --{key}.help={found[2]} lists what there is"
     value = error.rpartition("alue: ")[2]
-    if found := re.search(r'Parser key "(.*?)": (Expected .*?)\. Got value: (.*?)(\. Got|$)', rest):
+    inner = r'Parser key "([^"]*)": (.*?)\.? (?:Got|Given) value: (.*?)(?:\. Got value|$)'
+    if found := re.search(inner, rest):
         key, rest, value = f"{key}.{found[1]}", found[2], found[3]
     kinds = re.findall(r"Expected an? (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])", rest)
     if not kinds:
@@ -118,9 +120,9 @@ def _in_words(error: str) -> str:
 
 
 def _classes(key: str) -> list[str]:
-    """The names of the classes that the recipe's field `key` may be."""
+    """The names of the classes that the recipe's field `key` may be; none where it is no class."""
     hint: Any = Recipe
     for name in key.split("."):
         hint = get_type_hints(hint)[name]
-    base = next(get_args(h)[1] for h in (hint, *get_args(hint)) if get_origin(h) is Callable)
-    return sorted(kind.__name__ for kind in base.__subclasses__() or [base])
+    bases = [get_args(h)[1] for h in (hint, *get_args(hint)) if get_origin(h) is Callable]
+    return sorted(kind.__name__ for base in bases for kind in base.__subclasses__() or [base])

@@ -74,7 +74,8 @@ def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
         options = [([folder], [1.0], own) for folder, own in zip(folders, p, strict=True)]
         if len(folders) > 1:
             voted = _weighted(folders, mixture_weights(p, held.label))
-            options.append((*voted, cross_fitted(p, held.label)))
+            if len(voted[0]) > 1:
+                options.append((*voted, cross_fitted(p, held.label)))
         for members, weights, seen in options:
             score = top_k(seen, held.label, [1])[1]
             what = " + ".join(f"{w:.2f} {m}" for w, m in zip(weights, members, strict=True))

@@ -52,11 +52,10 @@ def make_contest(source: Source, out: Path, shape: Shape, seed: int) -> dict[str
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty")
     splits = _draw(source, shape, random.Random(seed))
-    if empty := next((name for name, rows in splits.items() if not rows), None):
+    if not splits["unlabeled"]:
         raise InputError(
-            f"{empty} would be empty: of each class {shape.per_class} images go to train and the "
-            f"others to unlabeled, and val has images of its own; a smaller --per-class, or more "
-            f"images, are expected"
+            f"unlabeled would be empty: {shape.per_class} images of each class go to train, and no "
+            f"class has more; a smaller --per-class, or more images, are expected"
         )
     oracle = out.with_name(f"{out.name}.oracle.pt")
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")

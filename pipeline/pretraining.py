@@ -97,7 +97,8 @@ def _judge(on_collapse: str, history: list[dict[str, float]], along: float) -> N
     """
     step = history[-1]["step"]
     before = next((h["step"] for h in reversed(history) if h["step"] < step), 0)
-    if on_collapse == "stop" or int(20 * along * before / step) < int(20 * along):
+    rarely = int(20 * along * before / step) < int(20 * along) or "knn" in history[-1]
+    if on_collapse == "stop" or rarely:
         _stop_or_say(on_collapse, judge(history, along))
 
 

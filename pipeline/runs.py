@@ -286,7 +286,7 @@ def stage(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        what = f"{error.filename} cannot be written" if error.filename else "writing failed"
+        what = f"{error.filename} cannot be read or written" if error.filename else "a file failed"
         sys.exit(f"error: {what}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)

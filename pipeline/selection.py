@@ -208,20 +208,16 @@ def _copies(candidates: Candidates, picks: Ints) -> Ints:
     return np.setdiff1d(copies, originals)
 
 
-def _logits_of(contest: Contest, file: Path) -> Floats:
-    """The unlabeled split's logits [images, classes] in runs/ENTRY/finetune-K/logits; InputError
-    where they are of another contest.
-    """
+def check_logits(contest: Contest, file: Path) -> None:
+    """Raise InputError where runs/ENTRY/finetune-K/logits/unlabeled.npy is of another contest."""
     folder, facts = file.parents[1], contest.folder / "contest.json"
     of = runs.read_json(folder / "provenance.json", "make finetune")["inputs"]
-    logits: Floats = np.load(file, mmap_mode="r")
     shape = contest.images("unlabeled"), contest.classes
-    if of.get(str(facts)) != runs.sha256(facts) or logits.shape != shape:
+    if of.get(str(facts)) != runs.sha256(facts) or np.load(file, mmap_mode="r").shape != shape:
         raise InputError(
             f"{folder} is of another contest than {contest.name}, or of other images; a "
             f"fine-tuning on {facts} is expected"
         )
-    return logits
 
 
 def candidates_of(
@@ -246,7 +242,7 @@ def candidates_of(
     digests = np.concatenate([train.sha256, known.sha256])
     return Candidates(
         embeddings=x,
-        logits=[_logits_of(contest, file) for file in logits],
+        logits=[np.load(file, mmap_mode="r") for file in logits],
         eligible=eligible(unlabeled.index, unlabeled.sha256, digests),
         labeled=np.concatenate([of_train[train.index], x[known.index]]),
         labels=np.concatenate([train.label, label[known.index]]),

@@ -36,7 +36,6 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     if facts.is_current() and not force:
         runs.say(f"{facts.folder} is up to date (--force runs it anew)")
         return
-    facts.begin()
     accelerator = make_accelerator("auto", facts.folder)
     tensors, meta = load_tensors(weights)
     encoder = encoder_for(meta["encoder"])
@@ -44,6 +43,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     encoder.to(accelerator.device)
     size = recipe.evaluate.resolution or meta["resolution"]
     check_size(encoder, size)
+    facts.begin()
     for split in contest.splits_with(unlabeled=recipe.evaluate.unlabeled):
         file = facts.folder / f"{split}.npy"
         width, batch = features(encoder), recipe.evaluate.batch_size

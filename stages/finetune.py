@@ -66,7 +66,9 @@ def _check_encoder(labels: Path, encoder: Path) -> None:
     if not labels.name.startswith("pseudo-") or not record.is_file():
         return
     latest = Path(runs.read_json(record, "make pseudo-label")["classifier"])
-    made = runs.read_json(latest / "provenance.json", "make finetune")["inputs"]
+    if not (file := latest / "provenance.json").is_file():
+        return  # removed since
+    made = runs.read_json(file, "make finetune")["inputs"]
     if made.get(str(encoder), (now := runs.sha256(encoder))) != now:
         raise InputError(
             f"{labels} was labeled by {latest}, which began at another {encoder}; to begin anew, "

@@ -21,7 +21,7 @@ from pipeline.answers import check_request, read_request, write_request
 from pipeline.manifest import Contest, load_contest, read_manifest
 from pipeline.recipe import Recipe
 from pipeline.request_report import overlap, report
-from pipeline.selection import Candidates, Strategy, candidates_of, choose
+from pipeline.selection import Candidates, Strategy, candidates_of, check_logits, choose
 
 Format = Literal["contest", "label-studio"]
 
@@ -53,7 +53,7 @@ def run(
     strategy, answered = c.strategy(), runs.numbered(manifests, "requested")
     folder = runs.finished(entry / "embeddings", "make embed")
     needed = strategy.uses_logits or bool(c.voters)
-    logits = _logits([entry.name, *c.voters], needed)
+    logits = _logits(contest, [entry.name, *c.voters], needed)
     files = [runs.require(folder / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
     inputs = [manifests / "contest.json", *answered, *files, *(logits if needed else [])]
     facts = runs.Run.of(entry / "label_request", plain, ("label_request",), inputs)
@@ -90,13 +90,16 @@ def run(
         _compare(facts.folder, name, asked, look(), recipe.seed)
 
 
-def _logits(entries: list[str], needed: bool) -> list[Path]:
+def _logits(contest: Contest, entries: list[str], needed: bool) -> list[Path]:
     """The unlabeled split's logits by the latest fine-tuning of each entry; none where they are not
-    there and not needed.
+    there, or of another contest, and not needed.
     """
     try:
         folders = [runs.finished(runs.latest_finetune(e), "make finetune") for e in entries]
-        return [runs.require(f / "logits" / "unlabeled.npy", "make finetune") for f in folders]
+        files = [runs.require(f / "logits" / "unlabeled.npy", "make finetune") for f in folders]
+        for file in files:
+            check_logits(contest, file)
+        return files
     except InputError:
         if needed:
             raise

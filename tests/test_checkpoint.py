@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,24 @@ def test_tensors_and_metadata_come_back(tmp_path: Path) -> None:
     got, meta = load_tensors(tmp_path / "x.safetensors")
     assert meta == metadata
     assert all(torch.equal(got[k], tensors[k]) for k in tensors)
+
+
+@pytest.mark.parametrize("kind", ["x.pt", "x.safetensors"])
+def test_a_disk_that_takes_no_more_is_one_line_and_keeps_the_old_file(
+    tmp_path: Path, kind: str
+) -> None:
+    """Files of this process may be no larger than 64 KiB for a moment."""
+    file, tensors = tmp_path / kind, {"a": torch.zeros(100_000)}
+    file.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(InputError, match=rf"{kind} cannot be written \(.+\); a disk with room"):
+            save_torch(file, tensors) if kind == "x.pt" else save_tensors(file, tensors, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [f.name for f in tmp_path.iterdir()] == [kind]
+    assert file.read_text() == "old"
 
 
 def test_nan_is_never_written(tmp_path: Path) -> None:

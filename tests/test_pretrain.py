@@ -216,6 +216,11 @@ def test_a_resolution_that_leaves_nothing_is_refused(tiny_contest: Path) -> None
             ["--pretrain.method=MoCo", "--pretrain.method.queue=x"],
             "pretrain.method.queue is x; a whole number is expected",
         ),
+        (["--pretrain.views=[x]"], "pretrain.views"),
+        (
+            ["--pretrain.method=MoCo", "--pretrain.method.final_momentum=x"],
+            "pretrain.method.final_momentum is x; a number or null is expected",
+        ),
         (["--pretrain.views=[{count: x}]"], "pretrain.views.count is x; a whole number is expec"),
         (["--finetune.consistency=Mix"], "finetune.consistency is Mix; FixMatch or FreeMatch is"),
         (["--pretrain.optimizer.momentum=1"], "optimizer: momentum is 1.0; from 0 to below 1 is"),

@@ -122,7 +122,9 @@ print(json.dumps(results))
 
 
 def test_a_contest_with_nothing_unlabeled_is_refused(images: Path) -> None:
-    with pytest.raises(InputError, match="unlabeled would be empty: of each class 1000 images go"):
+    with pytest.raises(
+        InputError, match="unlabeled would be empty: 1000 images of each class go to"
+    ):
         make("--source", images, "--out", "mine", "--per-class", 1000)
     assert not Path("mine").exists()
 

@@ -22,10 +22,10 @@ def raising(error: BaseException) -> Any:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_disk_that_takes_nothing_is_one_line(number: int) -> None:
-    error = OSError(number, os.strerror(number), "runs/x/checkpoint.pt")
+    error = OSError(number, os.strerror(number), "runs/x/history.json")
     with pytest.raises(SystemExit) as end:
         runs.stage(raising(error))
-    expected = f"error: runs/x/checkpoint.pt cannot be written: {os.strerror(number)}"
+    expected = f"error: runs/x/history.json cannot be read or written: {os.strerror(number)}"
     assert end.value.code == expected
 
 
