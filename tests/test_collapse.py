@@ -179,10 +179,10 @@ def test_told_to_warn_it_says_that_knn_is_low(
 ) -> None:
     """The one of kNN, too, which comes in a line of its own after that of the loss."""
     monkeypatch.setattr(pretraining, "knn_accuracy", lambda *_: 10.0)
-    options = ["--pretrain.steps=130", "--pretrain.knn_evals=6", "--pretrain.on_collapse=warn"]
-    folder = run(*options, "--entry=warned")
+    options = ["--pretrain.steps=200", "--pretrain.knn_evals=6", "--pretrain.on_collapse=warn"]
+    folder = run(*options, "--entry=warned", "--pretrain.log_steps=5")
     said = capsys.readouterr().out
-    assert said.count("warning: the encoder has collapsed: kNN is 10.00 % after") == 2  # of 5, 6
+    assert said.count("warning: the encoder has collapsed: kNN is 10.00 % after") == 4  # of 3 to 6
     assert (folder / "encoder.safetensors").is_file()
 
 

@@ -291,7 +291,7 @@ def test_steps_are_timed_as_they_are_made(
     step, seen = Trainer.step, list[bool]()
 
     def watched(self: Any, *rest: Any) -> None:
-        seen.append(self.module.training and self.module.classifier.training)
+        seen.append(all(part.training for part in self.module.modules()))
         step(self, *rest)
 
     monkeypatch.setattr(Trainer, "step", watched)
