@@ -118,7 +118,7 @@ class FreeMatch(Consistency):
         self.mean.lerp_(everywhere.mean(0), new)
         self.histogram.lerp_(_histogram(everywhere.argmax(1), p.shape[1]), new)
         sure, label = p.max(1)
-        bars = self.level * self.mean / self.mean.max()  # equation 7
+        bars = self.level * self.mean / self.mean.max()  # of each class
         mask = (sure >= bars[label]).to(strong.dtype)
         self.used.copy_(mask.mean())
         loss = self.weight * (F.cross_entropy(strong, label, reduction="none") * mask).mean()

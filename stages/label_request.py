@@ -71,8 +71,8 @@ def run(
         request = choose(strategy, candidates, c.budget, recipe.seed)
         facts.begin()
         file.unlink(missing_ok=True)
-        for name_ in ("request.json", "overlap.csv", "overlap.png", "classes.png"):
-            (facts.folder / name_).unlink(missing_ok=True)
+        for made_before in ("request.json", "overlap.csv", "overlap.png", "classes.png"):
+            (facts.folder / made_before).unlink(missing_ok=True)
         label_studio.forget_project(file)
         title = f"{c.budget:,} labels asked for by {name}"
         report(facts.folder, contest, candidates, request, recipe.seed, title)
