@@ -1,6 +1,6 @@
 """Peak anonymous memory of pretraining at batch 4,096 in micro-batches of 128, beside batch 128.
 
-python -m benchmarks.large_batch [--methods SimCLR MoCo --size 64 --batch 4096 --micro 128]
+python -m benchmarks.large_batch [--methods SimCLR MoCo --size 32 --batch 4096 --micro 128]
 The stage itself runs for every method in a process of its own for each side, on the same contest of
 black pictures; peak RssAnon is read from /proc while it trains.  There are two steps, as the first
 is made before the optimizer has its buffers; of the small batch there are eight times as many,
@@ -26,7 +26,7 @@ def main() -> None:
     found = sorted(kind.__name__ for kind in Method.__subclasses__())
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", choices=found, default=found)
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--micro", type=int, default=128)
     o, further = parser.parse_known_args()

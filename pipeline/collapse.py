@@ -77,11 +77,14 @@ def judge_views(views: Sequence[View]) -> str | None:
     return f"no random resized crop is among the views: {CAUSES['crop']}"
 
 
-def judge(history: Sequence[Mapping[str, float]], along: float) -> str | None:
+def judge(
+    history: Sequence[Mapping[str, float]], along: float, queries: int = 1 << 62
+) -> str | None:
     """What is wrong, its usual causes and what to do, in a line, where the newest entry of a run's
     `history` is that of a collapse; `along` (0 to 1) is how much of the run is done.
 
-    kNN is held against the entry of step 0, the untrained encoder's.
+    kNN, of so many `queries`, is held against the entry of step 0, the untrained encoder's, and
+    has to be below by more than its standard error.
     """
     newest, where = history[-1], f"after {along:.0%} of the run"
     if newest["step"] < STEPS:
@@ -94,7 +97,9 @@ def judge(history: Sequence[Mapping[str, float]], along: float) -> str | None:
             return _collapsed(sign, f"{sign} is {last[-1]:.3f} {where}, below {low}")
     untrained = history[0].get("knn", 0.0) if history[0]["step"] == 0 else 0.0
     wanted = min(GAIN * untrained, untrained + LESS * (100 - untrained))
-    if along >= SETTLED and newest.get("knn", math.inf) < wanted:
+    part = newest.get("knn", 100.0) / 100
+    error = 100 * math.sqrt(part * (1 - part) / max(queries, 1))
+    if along >= SETTLED and newest.get("knn", math.inf) + error < wanted:
         what = f"kNN is {newest['knn']:.2f} % {where}, untrained it was {untrained:.2f} %"
         return _collapsed("knn", what)
     return None

@@ -37,11 +37,14 @@ class Choice:
         return len(self.members) == 1 and not self.mirror
 
 
-def member_folder(name: str) -> Path:
-    """The fine-tuning that ENTRY (its latest) or ENTRY/finetune-K names; InputError without it."""
+def member_folder(contest: Contest, name: str) -> Path:
+    """The fine-tuning that ENTRY (its latest) or ENTRY/finetune-K names; InputError without it, or
+    where it is of another contest.
+    """
     entry, _, round_ = name.partition("/")
     folder = runs.entry_folder(entry) / round_ if round_ else runs.latest_finetune(entry)
-    return runs.finished(folder, "make finetune")
+    contest.check_finetune(runs.finished(folder, "make finetune"))
+    return folder
 
 
 def held_by_all(folders: list[Path]) -> Manifest:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from pipeline import InputError
 from pipeline.batches import prefetch, slice_of
 from pipeline.distributed import barrier, rank, world_size
-from pipeline.encoders import build_encoder
+from pipeline.encoders import build_encoder, features
 from pipeline.manifest import Contest
 from pipeline.packed import Pool
 from pipeline.progress import progress
@@ -24,24 +24,38 @@ from pipeline.views import WHOLE, Views, matmul_dtype, uniforms
 
 def encoder_for(spec: Mapping[str, Any]) -> nn.Module:
     """The encoder of a recipe's section (name, stem, options); InputError where there is none."""
+    if spec["options"].get("features_only"):
+        raise InputError("encoder.options has features_only; an encoder of one output is expected")
     try:
         return build_encoder(spec["name"], spec["stem"], **spec["options"])
-    except (ValueError, TypeError) as error:  # timm's own, of options that it does not know
+    except (ValueError, TypeError) as error:
         raise InputError(f"encoder: {error}") from None
+    except Exception as error:  # whatever timm makes of values that it does not know
+        raise InputError(
+            f"encoder: timm cannot build {spec['name']} with options {spec['options']} "
+            f"({type(error).__name__}: {error})"
+        ) from None
 
 
 @torch.no_grad()
 def check_size(encoder: nn.Module, size: int) -> None:
-    """Raise InputError where the encoder cannot take, or wastes, images of `size` pixels."""
+    """Raise InputError where the encoder cannot take, or wastes, images of `size` pixels, or does
+    not give one vector for each.
+    """
     was, device = encoder.training, next(encoder.parameters()).device
     encoder.eval()
     try:
-        encoder(torch.zeros(1, 3, size, size, device=device))
-    except (RuntimeError, AssertionError) as error:
+        out = encoder(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError, AttributeError) as error:
         raise InputError(
             f"the encoder cannot take images of {size} pixels ({error}); another resolution, or "
             f"encoder.options as {{img_size: {size}}}, is expected"
         ) from None
+    if list(out.shape) != (wanted := [1, features(encoder)]):
+        raise InputError(
+            f"the encoder gives {list(out.shape)} for an image; {wanted} is expected (another "
+            f"global_pool in encoder.options)"
+        )
     with suppress(RuntimeError, AssertionError):  # a transformer takes no other size
         # With 1×1 maps before the last stage nothing is learned, and torch's bf16 convolutions on
         # a CPU return garbage gradients for them.

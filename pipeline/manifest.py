@@ -237,6 +237,21 @@ class Contest:
         labels[manifest.index] = manifest.label
         return labels
 
+    def check_same(self, what: Path, record: Path, do: str) -> None:
+        """Raise InputError, saying what to `do`, where `what`, whose inputs are in the JSON file
+        `record`, was made of another contest, or of other images than these.
+        """
+        facts = self.folder / "contest.json"
+        if json.loads(record.read_text())["inputs"].get(str(facts)) != sha256(facts):
+            raise InputError(
+                f"{what} is of another contest than {self.name}, or of other images; {do}"
+            )
+
+    def check_finetune(self, folder: Path) -> None:
+        """Raise InputError where the fine-tuning in `folder` is not of this contest."""
+        do = f"a fine-tuning on {self.folder / 'contest.json'} is expected"
+        self.check_same(folder, folder / "provenance.json", do)
+
     @property
     def _made_by(self) -> str:
         return f"make data ROOT={self.root} CONTEST={self.name}"

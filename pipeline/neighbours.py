@@ -17,6 +17,7 @@ Ints = npt.NDArray[np.int64]
 
 _GPU_K = 2048  # faiss's limit on k on a GPU
 _GPU_BYTES = 1 << 30  # of vectors, and of queries with their results, on the GPU at a time
+_GPU_SCRATCH = 1 << 28  # bytes that faiss reserves; what a search needs beyond, it allocates
 _CELL = 512  # rows of a cell, on average
 _PROBES = 24  # cells in which a row's neighbors are looked for
 _PAIRS = 1 << 32  # of rows whose similarities are all computed, at most, for a graph
@@ -41,8 +42,10 @@ def search(queries: Floats, database: Floats, k: int) -> tuple[Floats, Ints]:
     if not len(queries) or not k:
         return np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
     if _gpus() and k <= _GPU_K:
+        resources = faiss.StandardGpuResources()
+        resources.setTempMemory(_GPU_SCRATCH)  # by itself faiss would take 1.5 GB
         similarities, indices = faiss.knn_gpu(
-            faiss.StandardGpuResources(),
+            resources,
             queries,
             database,
             k,

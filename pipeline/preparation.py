@@ -93,7 +93,8 @@ def usable_pixels(packed: Packed, manifest: Manifest, array: Path) -> npt.NDArra
 
 
 def mean_std(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each channel, 0 to 1, by exact integer sums over a histogram [3, 256].
+    """Mean and deviation of each channel, 0 to 1, by exact integer sums over a histogram [3, 256];
+    a channel that never changes has the deviation 1, as values are divided by it.
 
     Raises InputError where it counts no pixel.
     """
@@ -105,7 +106,7 @@ def mean_std(counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
         total = sum(v * c for v, c in enumerate(channel))
         squares = sum(v * v * c for v, c in enumerate(channel))
         mean.append(total / (255 * n))
-        std.append(math.sqrt(n * squares - total * total) / (255 * n))
+        std.append(math.sqrt(n * squares - total * total) / (255 * n) or 1.0)
     return mean, std
 
 

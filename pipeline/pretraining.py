@@ -74,6 +74,12 @@ def pretrainer(
         choose=choose,
     )
     lr, rate = c.optimizer.scaled_lr(c.batch_size), c.optimizer
+    evaluate, queries = _knn(recipe, contest, method) if "train" in contest.splits else (None, 0)
+    if method.negatives > len(pool):
+        runs.say(
+            f"warning: {type(method).__name__}'s queue holds keys of {method.negatives:,} images, "
+            f"and there are {len(pool):,}: an image is its own negative; a shorter queue is better"
+        )
     return Trainer(
         module=method,
         optimizer=build_optimizer(c.optimizer, {method: 1.0}, c.batch_size),
@@ -84,14 +90,14 @@ def pretrainer(
         lr=lambda along: lr * schedule(along, rate.warmup, rate.final_lr),
         log_steps=c.log_steps,
         checkpoint_minutes=c.checkpoint_minutes,
-        evaluate=_knn(recipe, contest, method) if "train" in contest.splits else None,
+        evaluate=evaluate,
         evals=c.knn_evals,
         signs=method.signs,
-        judge=partial(_judge, c.on_collapse),
+        judge=partial(_judge, c.on_collapse, queries),
     )
 
 
-def _judge(on_collapse: str, history: list[dict[str, float]], along: float) -> None:
+def _judge(on_collapse: str, queries: int, history: list[dict[str, float]], along: float) -> None:
     """Stop the run, or say it once in a twentieth of it, where its newest signs are those of a
     collapse.
     """
@@ -99,7 +105,7 @@ def _judge(on_collapse: str, history: list[dict[str, float]], along: float) -> N
     before = next((h["step"] for h in reversed(history) if h["step"] < step), 0)
     rarely = int(20 * along * before / step) < int(20 * along) or "knn" in history[-1]
     if on_collapse == "stop" or rarely:
-        _stop_or_say(on_collapse, judge(history, along))
+        _stop_or_say(on_collapse, judge(history, along, queries))
 
 
 def _stop_or_say(on_collapse: str, wrong: str | None) -> None:
@@ -113,10 +119,11 @@ def _stop_or_say(on_collapse: str, wrong: str | None) -> None:
         runs.say(f"warning: {wrong}")
 
 
-def _knn(recipe: "Recipe", contest: Contest, method: Method) -> Any:
-    """kNN accuracy (k = 20, cosine, majority) of half of some labeled training images on the other
-    half; with supervision of those whose labels it does not use, on the others; None where either
-    is empty.
+def _knn(recipe: "Recipe", contest: Contest, method: Method) -> tuple[Any, int]:
+    """kNN accuracy (cosine, majority) of half of some labeled training images on the other half,
+    and how many are asked about; with supervision of those whose labels it does not use, on the
+    others; None where either is empty.  20 images vote, or as many as there are of a class: if all
+    did, they would say the same of every image.
     """
     c, labels, encoder = recipe.pretrain, contest.labels("train"), method.encoder
     known = contest.usable("train")
@@ -129,15 +136,16 @@ def _knn(recipe: "Recipe", contest: Contest, method: Method) -> Any:
         learned = np.isin(rows, method.supervision.learned(contest).index)
         rows, half = np.concatenate([rows[learned], rows[~learned]]), int(learned.sum())
     if not 0 < half < len(rows):
-        return None
+        return None, 0
     pool = Pool([(contest.packed("train"), rows)])
+    k = min(20, max(1, half // contest.classes))
 
     def evaluate() -> dict[str, float]:
         x = np.empty((len(rows), features(encoder)), np.float32)
         size = c.resolutions[-1]
         predict(encoder, pool, size, contest.mean, contest.std, x, unit=True, what="kNN")
         y = labels[rows]
-        score = knn_accuracy(x[:half], y[:half], x[half:], y[half:], 20)
+        score = knn_accuracy(x[:half], y[:half], x[half:], y[half:], k)
         return {"knn": score}
 
-    return evaluate
+    return evaluate, len(rows) - half

@@ -36,8 +36,8 @@ class Propagation(Predictor):
 
         Solves (I - alpha S) Z = Y by conjugate gradient, S the normalized affinity.  A row of Y is
         an image's label or, times `prior`, the classifier's probabilities.  An image that nothing
-        reaches is not sure.  Beside the evidence, memory grows with the images, not with the
-        classes.
+        reaches is not sure, and none is of a class that no label is of.  Beside the evidence,
+        memory grows with the images, not with the classes.
 
         Args:
             neighbors: of an image in the graph.
@@ -76,6 +76,7 @@ class Propagation(Predictor):
         total, product = np.zeros(n), np.zeros(n)
         scale = _log_sums(evidence.logits) if self.prior else total
         step = max(1, _NUMBERS // s.shape[0])
+        counts = np.bincount(evidence.labels, minlength=classes)
         with progress("propagating labels", classes, "classes") as advance:
             for first in range(0, classes, step):
                 block = np.arange(first, min(first + step, classes))
@@ -84,6 +85,7 @@ class Propagation(Predictor):
                     y[:n] = self.prior * np.exp(evidence.logits[:, block] - scale[:, None])
                 y[n:] = evidence.labels[:, None] == block
                 z = np.maximum(conjugate_gradient(s, y, self.alpha, self.iterations), 0)
+                z *= counts[block] > 0  # or balancing would make much of the little it has
                 if self.balanced:
                     z /= np.maximum(z.sum(0), 1e-30)
                 z = z[:n].astype(np.float64)

@@ -147,5 +147,7 @@ class Recipe:
     submit: Submit = field(default_factory=Submit)
 
     def __post_init__(self) -> None:
+        if "/" in self.entry or self.entry in (".", ".."):
+            raise InputError(f"entry is {self.entry!r}; a name without / is expected")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; 0 to {2**32 - 1} is expected")

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def finetune_folder(entry: str, round_: int) -> Path:
 
 def finetune_folders(entry: Path) -> list[Path]:
     """The finetune-K of an entry, finished or not, in the order of K."""
-    return _in_order(entry.glob("finetune-*"))
+    return _in_order(entry, "finetune")
 
 
 def latest_finetune(entry: str) -> Path:
@@ -77,13 +78,14 @@ def unfinished_after(finetune: Path) -> Path | None:
 
 def numbered(folder: Path, kind: str) -> list[Path]:
     """folder/KIND-K.csv, in the order of K."""
-    return _in_order(folder.glob(f"{kind}-*.csv"))
+    return _in_order(folder, kind, ".csv")
 
 
-def _in_order(paths: Iterable[Path]) -> list[Path]:
-    """Those paths whose names end in -K, in the order of K; what people put beside them is left."""
-    numbers = {path: path.stem.rpartition("-")[2] for path in paths}
-    return sorted((p for p, k in numbers.items() if k.isdecimal()), key=lambda p: int(numbers[p]))
+def _in_order(folder: Path, kind: str, suffix: str = "") -> list[Path]:
+    """folder/KIND-K, in the order of K; what people put beside them is left."""
+    names = {p: re.fullmatch(rf"{kind}-([0-9]+){suffix}", p.name) for p in folder.glob("*-*")}
+    numbers = {path: int(name[1]) for path, name in names.items() if name}
+    return sorted(numbers, key=lambda path: numbers[path])
 
 
 def label_rounds(contest: Path, entry: Path) -> int:
@@ -142,9 +144,14 @@ def finished(folder: Path, made_by: str) -> Path:
     """`folder`, or InputError naming the command that fills it, where that did not end or its
     inputs have changed since.
     """
-    made = read_json(folder / "provenance.json", made_by)
-    for name, digest in made["inputs"].items():
-        if not Path(name).is_file() or sha256(Path(name)) != digest:
+    made = read_json(folder / "provenance.json", made_by)["inputs"]
+    if gone := next((name for name in made if not Path(name).is_file()), None):
+        raise InputError(
+            f"{folder} was made from {gone}, which is no longer there; bring it back, or remove "
+            f"{folder} and run `{made_by}`"
+        )
+    for name, digest in made.items():
+        if sha256(Path(name)) != digest:
             raise InputError(f"{folder} was made from another {name}; `{made_by}` makes it anew")
     return folder
 

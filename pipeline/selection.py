@@ -210,14 +210,10 @@ def _copies(candidates: Candidates, picks: Ints) -> Ints:
 
 def check_logits(contest: Contest, file: Path) -> None:
     """Raise InputError where runs/ENTRY/finetune-K/logits/unlabeled.npy is of another contest."""
-    folder, facts = file.parents[1], contest.folder / "contest.json"
-    of = runs.read_json(folder / "provenance.json", "make finetune")["inputs"]
-    shape = contest.images("unlabeled"), contest.classes
-    if of.get(str(facts)) != runs.sha256(facts) or np.load(file, mmap_mode="r").shape != shape:
-        raise InputError(
-            f"{folder} is of another contest than {contest.name}, or of other images; a "
-            f"fine-tuning on {facts} is expected"
-        )
+    contest.check_finetune(file.parents[1])
+    shape, found = [contest.images("unlabeled"), contest.classes], np.load(file, mmap_mode="r")
+    if list(found.shape) != shape:
+        raise InputError(f"{file} holds {list(found.shape)}; {shape} is expected")
 
 
 def candidates_of(

@@ -62,6 +62,7 @@ class Typicality(Strategy):
         """The most typical image of each cluster without a label, from the largest cluster on
         (TypiClust, arXiv 2202.02794, section 3); k-means has a cluster for every label there will
         be, and an image's neighbors are those in the whole pool, not in its cluster alone.
+        Clusters of fewer than five images come last (appendix F).
 
         Args:
             neighbors: whose mean distance an image's typicality is one over.
@@ -78,14 +79,14 @@ class Typicality(Strategy):
         x, labeled, free = candidates.x, candidates.labeled, candidates.free
         count = min(budget + len(labeled), len(x))
         _, cluster = kmeans(np.concatenate([x, labeled]), count, self.iterations, seed)
-        sizes = np.bincount(cluster[: len(x)], minlength=count)
+        sizes = np.bincount(cluster, minlength=count)
         labels = np.bincount(cluster[len(x) :], minlength=count)
         near = candidates.graph[0][:, : self.neighbors]
         distance = np.sqrt(np.maximum(2 - 2 * near, 0)).mean(1) if near.shape[1] else -x[:, 0]
         order = free[np.argsort(distance[free], kind="stable")]  # most typical first
         own = cluster[order]
         turn = place_in_group(own) + labels[own]
-        return _first(budget, order, (turn, sizes[own] < _FEW, -sizes[own])), None
+        return _first(budget, order, (sizes[own] < _FEW, turn, -sizes[own])), None
 
 
 class KCenterGreedy(Strategy):

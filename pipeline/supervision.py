@@ -110,7 +110,7 @@ def join(
         else:
             parts.append(np.full(len(usable), -1))
     labels, batch = np.concatenate(parts), config.batch_size
-    joined = round(supervision.share * batch)
+    joined = min(round(supervision.share * batch), int((labels >= 0).sum()))  # none comes twice
     return torch.from_numpy(labels), joined_batches(labels, batch, joined, seed)
 
 

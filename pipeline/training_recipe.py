@@ -171,6 +171,12 @@ class Finetune:
         check_schedule("finetune", self)
         if self.init == "outside" and not self.weights:
             raise InputError("finetune: init is 'outside'; weights (a file, or 'timm') is expected")
+        for name in ("view", "strong_view"):
+            if ((view := getattr(self, name)).count, view.size) != (1, 1):
+                raise InputError(
+                    f"finetune: {name} has count {view.count} and size {view.size:g}; 1 and 1 are "
+                    f"expected"
+                )
         for name in ("fraction", "layer_decay"):
             if not 0 < (value := getattr(self, name)) <= 1:
                 raise InputError(f"finetune: {name} is {value}; above 0, up to 1 is expected")

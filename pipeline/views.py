@@ -173,7 +173,8 @@ def parameters(view: View, u: Uniforms, height: int, width: int) -> dict[str, np
 def matmul_dtype(device: torch.device) -> torch.dtype:
     """The type of matrix products and autocast: bf16 where the processor has it, else float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has else torch.float32
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return torch.float32
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32

@@ -58,12 +58,16 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
     return files
 
 
-def _check_encoder(labels: Path, encoder: Path) -> None:
-    """Raise InputError where pseudo-labels are those of a classifier that began at another state of
-    the `encoder`.
+def _check_pseudo_labels(labels: Path, contest: Contest, encoder: Path | None) -> None:
+    """Raise InputError where pseudo-labels are of other images, or those of a classifier that began
+    at another state of the `encoder`.
     """
     record = labels.with_suffix(".json")
     if not labels.name.startswith("pseudo-") or not record.is_file():
+        return
+    anew = f"to begin anew, remove the pseudo-* and finetune-* of {labels.parent}"
+    contest.check_same(labels, record, anew)
+    if encoder is None:
         return
     latest = Path(runs.read_json(record, "make pseudo-label")["classifier"])
     if not (file := latest / "provenance.json").is_file():
@@ -71,8 +75,7 @@ def _check_encoder(labels: Path, encoder: Path) -> None:
     made = runs.read_json(file, "make finetune")["inputs"]
     if made.get(str(encoder), (now := runs.sha256(encoder))) != now:
         raise InputError(
-            f"{labels} was labeled by {latest}, which began at another {encoder}; to begin anew, "
-            f"remove the pseudo-* and finetune-* of {labels.parent}"
+            f"{labels} was labeled by {latest}, which began at another {encoder}; {anew}"
         )
 
 
@@ -96,10 +99,10 @@ def run(
         pretrained = finished.with_name("encoder.safetensors")
         inputs.append(pretrained)
         learned = learned_labels(entry)
-        for file in files:
-            _check_encoder(file, pretrained)
     elif c.init == "outside" and c.weights is not None and Path(c.weights).is_file():
         inputs.append(Path(c.weights))
+    for file in files:
+        _check_pseudo_labels(file, contest, pretrained)
     facts = runs.Run.of(folder, plain, ("encoder", "finetune"), inputs)
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")

@@ -43,11 +43,13 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
         )
     folder, digest = contest.folder, runs.sha256(answer)[:16]
     earlier = {file: read_manifest(file) for file in runs.numbered(folder, "requested")}
+    request = request or entry / "label_request" / f"request_{recipe.label_request.team}.csv"
     for file, manifest in earlier.items():
         if len(manifest) and str(manifest.source[0]).endswith(digest):
+            if answer.suffix.lower() == ".pt" and request.is_file():
+                _check_images(answer, request, contest, file, manifest)
             runs.say(f"{answer} was imported before, as {file}; next: make finetune")
             return file
-    request = request or entry / "label_request" / f"request_{recipe.label_request.team}.csv"
     runs.require(request, "make label-request")
     indices = read_request(request, contest.images("unlabeled"))
     check_request(request, indices)
@@ -70,6 +72,19 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     runs.say(f"{len(labels):,} labels of {classes:,} of the {contest.classes:,} classes")
     runs.say(f"wrote {out}; next: make finetune")
     return out
+
+
+def _check_images(
+    answer: Path, request: Path, contest: Contest, file: Path, manifest: Manifest
+) -> None:
+    """Raise InputError where an answer that names no images, and was imported as `file`, may be one
+    to another request with just the same labels.
+    """
+    if not np.isin(manifest.index, read_request(request, contest.images("unlabeled"))).all():
+        raise InputError(
+            f"{answer} was imported before, as {file}, but {request} asks for other images; its "
+            f"own answer is expected (if the labels are the same, as a CSV of N.png,label)"
+        )
 
 
 def _check_unlabeled(answer: Path, indices: Ints, earlier: dict[Path, Manifest]) -> None:

@@ -58,10 +58,13 @@ def run(
     inputs = [manifests / "contest.json", *answered, *files, *(logits if needed else [])]
     facts = runs.Run.of(entry / "label_request", plain, ("label_request",), inputs)
     file, name = facts.folder / f"request_{c.team}.csv", type(strategy).__name__
+    before = [f for f in facts.folder.glob("request_*.csv") if f != file]  # of another team
     look = cache(partial(candidates_of, contest, folder, logits, answered, c.near_duplicate))
     if not force and facts.is_current():
         runs.say(f"{file} is up to date (--force chooses anew); next: make import-labels")
-    elif not force and file.is_file():
+    elif not force and (file.is_file() or before):
+        if before:
+            file = before[0]
         if not _is_answered_in_part(file, contest, answered, format):
             return
         compare = False
@@ -70,7 +73,8 @@ def run(
         runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
         request = choose(strategy, candidates, c.budget, recipe.seed)
         facts.begin()
-        file.unlink(missing_ok=True)
+        for request_before in (file, *before):
+            request_before.unlink(missing_ok=True)
         for made_before in ("request.json", "overlap.csv", "overlap.png", "classes.png"):
             (facts.folder / made_before).unlink(missing_ok=True)
         label_studio.forget_project(file)

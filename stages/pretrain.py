@@ -1,7 +1,7 @@
 """Pretrain an encoder without labels.
 
 python -m stages.pretrain --recipe recipes/demo.yaml
-accelerate launch --num_processes 8 -m stages.pretrain --recipe recipes/spring21.yaml
+accelerate launch --multi_gpu --num_processes 8 -m stages.pretrain --recipe recipes/spring21.yaml
 
 Reads data_manifests/CONTEST/contest.json and data/CONTEST/SPLIT.npy; writes runs/ENTRY/pretrain/
 {encoder.safetensors, checkpoint.pt, plan.json, history.json, curve.png, tensorboard,

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,8 @@ def test_knn_is_held_against_the_untrained_encoders() -> None:
     good = [{"step": 0, "knn": 85.0}, {"step": 900, "knn": 87.0}]  # 1.2 times is not to be had
     assert judge(good, 0.9) is None
     assert judge([good[0], {"step": 900, "knn": 86.0}], 0.9) is not None
+    assert judge(history(10.0), 0.9, queries=1000) is not None
+    assert judge(history(10.0), 0.9, queries=20) is None  # its standard error is 6.7
 
 
 def run(*options: str) -> Path:
@@ -157,13 +160,33 @@ def test_a_method_without_its_safeguard_is_stopped(tiny_contest: Path) -> None:
     assert not Path("runs/bare/pretrain/encoder.safetensors").exists()
 
 
-def test_a_run_that_learns_nothing_is_stopped(
-    tiny_contest: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By its kNN accuracy, which is that of the untrained encoder all along."""
-    monkeypatch.setattr(pretraining, "knn_accuracy", lambda *_: 10.0)
+def falling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """kNN is 40 % with the untrained encoder, then 10 %."""
+    values = iter([40.0])
+    monkeypatch.setattr(pretraining, "knn_accuracy", lambda *_: next(values, 10.0))
+
+
+def test_a_run_that_forgets_is_stopped(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its kNN accuracy, which falls below the untrained encoder's."""
+    falling(monkeypatch)
     with pytest.raises(InputError, match=r"kNN is 10\.00 % after 100% of the run, untrained"):
         run("--pretrain.steps=100", "--pretrain.knn_evals=2", "--entry=same")
+
+
+def test_few_labels_are_no_reason_to_stop(
+    tiny_contest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each class as many vote as there are; with all of them, all images would get one class."""
+    asked = list[int]()
+
+    def accuracy(known: np.ndarray, labels: Any, of: Any, truth: Any, k: int) -> float:
+        asked.append(k)
+        return 100 * np.bincount(truth).max() / len(truth)  # as a vote of all would have it
+
+    monkeypatch.setattr(pretraining, "knn_accuracy", accuracy)
+    options = ["--pretrain.steps=100", "--pretrain.knn_evals=2", "--pretrain.knn_images=24"]
+    run(*options, "--entry=few")
+    assert set(asked) == {3}  # 12 images of 4 classes
 
 
 def test_it_is_stopped_on_the_way(tiny_contest: Path) -> None:
@@ -178,7 +201,7 @@ def test_told_to_warn_it_says_that_knn_is_low(
     tiny_contest: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The one of kNN, too, which comes in a line of its own after that of the loss."""
-    monkeypatch.setattr(pretraining, "knn_accuracy", lambda *_: 10.0)
+    falling(monkeypatch)
     options = ["--pretrain.steps=200", "--pretrain.knn_evals=6", "--pretrain.on_collapse=warn"]
     folder = run(*options, "--entry=warned", "--pretrain.log_steps=5")
     said = capsys.readouterr().out

@@ -80,6 +80,10 @@ def test_evaluate_needs_embeddings(here: Path) -> None:
         "runs/entry/embeddings was made from another data_manifests/small/train.csv; "
         "`make embed` makes it anew"
     )
+    made.write_text(json.dumps(facts | {"inputs": {"gone.csv": "older"}}))
+    expected = r"embeddings was made from gone\.csv, which is no longer there; bring it back, or"
+    with pytest.raises(InputError, match=expected):
+        start(evaluate)
     made.unlink()  # never ended
     with pytest.raises(InputError, match=r"provenance\.json is not there; `make embed` makes it"):
         start(evaluate)

@@ -203,7 +203,8 @@ def test_an_unfinished_pretraining_is_not_started_from(pretrained: Path) -> None
 def test_files_that_people_put_aside_are_no_rounds(pretrained: Path) -> None:
     run()
     Path("runs/f/finetune-0").rename("runs/f/finetune-0-old")
-    write_manifest(Path("data_manifests/tiny/requested-old.csv"), Manifest.of("train", [0], 0))
+    for name in ("requested-old", "requested-old-1", "requested-1.csv"):
+        write_manifest(Path(f"data_manifests/tiny/{name}.csv"), Manifest.of("train", [0], 0))
     assert run().name == "finetune-0"
 
 
@@ -225,7 +226,9 @@ def test_pseudo_labels_of_another_encoder_are_refused(pretrained: Path) -> None:
     folder = run("--finetune.steps=2")
     pseudo = folder.parent / "pseudo-1.csv"
     pseudo.write_text("split,index,label,confidence,source\nunlabeled,1,0,0.9,x\n")
-    runs.write_json(pseudo.with_suffix(".json"), {"classifier": str(folder)})
+    contest = Path("data_manifests/tiny/contest.json")
+    record = {"classifier": str(folder), "inputs": {str(contest): runs.sha256(contest)}}
+    runs.write_json(pseudo.with_suffix(".json"), record)
     run("--finetune.steps=2")
     made = runs.read_json(folder / "provenance.json", "")
     weights = next(name for name in made["inputs"] if name.endswith("encoder.safetensors"))
@@ -233,6 +236,18 @@ def test_pseudo_labels_of_another_encoder_are_refused(pretrained: Path) -> None:
     runs.write_json(folder / "provenance.json", made)
     with pytest.raises(InputError, match=r"pseudo-1.csv was labeled by .*, which began at another"):
         run("--finetune.steps=3")
+
+
+def test_pseudo_labels_of_other_images_are_refused(tiny_contest: Path) -> None:
+    """Where images came or went since, a number is another image."""
+    folder = run("--finetune.init=scratch", "--finetune.steps=2", entry="s")
+    pseudo = folder.parent / "pseudo-1.csv"
+    pseudo.write_text("split,index,label,confidence,source\nunlabeled,1,0,0.9,x\n")
+    record = {"classifier": str(folder), "inputs": {"data_manifests/tiny/contest.json": "0" * 64}}
+    runs.write_json(pseudo.with_suffix(".json"), record)
+    expected = "pseudo-1.csv is of another contest than tiny, or of other images; to begin anew"
+    with pytest.raises(InputError, match=expected):
+        run("--finetune.init=scratch", "--finetune.steps=2", entry="s")
 
 
 def test_outside_weights_are_marked_as_transfer(tiny_contest: Path) -> None:

@@ -232,6 +232,18 @@ def test_a_team_is_no_path(team: str) -> None:
         config.parse("", argv=[f"--label_request.team={team}"])
 
 
+def test_another_team_does_not_ask_beside_a_request_without_answer(here: Path) -> None:
+    """Its answer would be taken for that of the newer request."""
+    ask("--label_request.strategy", "Random")
+    write_finetune()
+    folder, options = Path("runs/entry/label_request"), ["--label_request.strategy", "Margin"]
+    options += ["--label_request.budget", "8", "--label_request.team", "07"]
+    with pytest.raises(InputError, match=r"request_00\.csv has no answer yet, and would be"):
+        start(label_request, *options)
+    start(label_request, *options, force=True)
+    assert [f.name for f in folder.glob("request_*.csv")] == ["request_07.csv"]
+
+
 def test_an_answered_request_is_not_made_again(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

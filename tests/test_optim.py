@@ -89,7 +89,7 @@ def test_bad_optimizers_are_refused() -> None:
 
 
 def test_biases_and_norms_have_a_rate_of_their_own() -> None:
-    """Barlow Twins: 0.2 for weights and 0.0048 for biases, by LARS without adaptation."""
+    """As Barlow Twins' authors have 0.2 for weights and 0.0048 for biases."""
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     config = Optimizer("lars", lr=0.2, bias_lr=0.024, lr_rule="constant")
     optimizer = build_optimizer(config, {module: 0.5}, 256)

@@ -105,5 +105,8 @@ def test_mean_and_deviation_are_those_of_the_pixels():
     pixels = array[rows].reshape(-1, 3) / 255
     assert np.allclose(mean, pixels.mean(0), rtol=1e-12)
     assert np.allclose(std, pixels.std(0), rtol=1e-12)
+    array[..., 2] = 7  # nothing in blue: there is no deviation to divide by
+    mean, std = mean_std(histogram(array, rows))
+    assert (mean[2], std[2]) == (pytest.approx(7 / 255), 1)
     with pytest.raises(InputError, match="no usable image is left"):
         mean_std(np.zeros((3, 256), np.int64))

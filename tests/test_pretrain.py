@@ -181,6 +181,16 @@ def test_embeddings_are_of_unit_length_and_whole(tiny_contest: Path) -> None:
     np.testing.assert_allclose(np.load("runs/e/embeddings/val.npy"), before, atol=0.02)
 
 
+def test_a_queue_longer_than_the_images_is_warned_of(
+    tiny_contest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*OPTIONS, "--pretrain.method=MoCo", "--pretrain.method.bn_group=0"]
+    run(*options, "--pretrain.method.queue=100", "--pretrain.steps=1", "--entry=m")
+    assert "its own negative" not in capsys.readouterr().out
+    run(*options, "--pretrain.method.queue=5000", "--pretrain.steps=1", "--entry=m")
+    assert "queue holds keys of 5,000 images, and there are" in capsys.readouterr().out
+
+
 def test_a_resolution_that_leaves_nothing_is_refused(tiny_contest: Path) -> None:
     with pytest.raises(InputError, match="images of 16 pixels are too small for this encoder"):
         run(*OPTIONS, "--pretrain.resolutions=[16]")
@@ -193,6 +203,12 @@ def test_a_resolution_that_leaves_nothing_is_refused(tiny_contest: Path) -> None
     [
         (["--encoder.name=resnet19"], "encoder: encoder 'resnet19' is not a timm model; near it"),
         (["--encoder.options={depth: 3}"], "encoder: .*'depth'"),
+        (["--encoder.options={act_layer: rellu}"], r"encoder: cannot build .*KeyError: 'rellu'"),
+        (["--encoder.options={global_pool: ''}"], r"the encoder gives \[1, 512, \d, \d\] for an"),
+        (["--encoder.options={features_only: true}"], "encoder.options has features_only; an enc"),
+        (["--entry=a/b"], "entry is 'a/b'; a name without / is expected"),
+        (["--finetune.view.count=2"], "finetune: view has count 2 and size 1; 1 and 1 are expec"),
+        (["--finetune.strong_view.size=0.5"], "finetune: strong_view has count 1 and size 0.5; 1"),
         (["--pretrain.views=[{count: 1}]"], "pretrain: 2 views or more are expected"),
         (["--pretrain.log_steps=0"], "pretrain: log_steps is 0; 1 or more is expected"),
         (["--pretrain.resolutions=[4]"], r"pretrain: resolutions are \[4\]; 8 pixels or more"),

@@ -102,6 +102,15 @@ def test_balance_helps_the_class_with_fewer_labels() -> None:
     assert right[1] > right[0]
 
 
+def test_a_class_without_a_label_is_given_to_no_image() -> None:
+    """Balance would make a class of the little that the classifier gives it."""
+    x, truth = moons()
+    given = evidence(x, 2 * truth, [*range(20)], 4)
+    given.logits[:, 1::2] = -3
+    labels, _ = Propagation(10, prior=1.0, certainty="largest")(given)
+    assert set(labels.tolist()) == {0, 2}
+
+
 def test_the_largest_part_is_how_sure_it_is() -> None:
     x, truth = moons()
     given = evidence(x, truth, [0, 1], 2)

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -366,3 +367,10 @@ def test_a_member_that_is_not_there_is_named(contest: Contest) -> None:
         submit.run(*parsed("--submit.members=[other]"))
     with pytest.raises(InputError, match=r"runs/tried/finetune-9/provenance\.json is not"):
         submit.run(*parsed("--submit.members=[tried/finetune-9]"))
+    other = Path("runs/other/finetune-0")
+    shutil.copytree(runs.latest_finetune("tried"), other)
+    Path("elsewhere.json").touch()
+    made = {"inputs": {"elsewhere.json": runs.sha256(Path("elsewhere.json"))}}
+    runs.write_json(other / "provenance.json", made)
+    with pytest.raises(InputError, match="runs/other/finetune-0 is of another contest than"):
+        submit.run(*parsed("--submit.members=[other]"))

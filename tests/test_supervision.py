@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from pipeline import InputError, config
 from pipeline.gradient_cache import backward_in_parts
-from pipeline.manifest import read_manifest
+from pipeline.manifest import load_contest, read_manifest
 from pipeline.runs import read_json
-from pipeline.supervision import SupervisedContrast, joined_batches
+from pipeline.supervision import SupervisedContrast, join, joined_batches
 from stages import finetune, pretrain
 
 from .conftest import TINY
@@ -95,6 +95,19 @@ def test_every_labeled_image_comes_once_in_an_epoch(
         assert sorted(stream[start : start + len(own)].tolist()) == own.tolist()
     again = joined_batches(labels, 10, labeled, seed)(7)  # of no other step before
     np.testing.assert_array_equal(again, batches[7])
+
+
+def test_no_labeled_image_comes_twice_in_a_batch_larger_than_they_are(tiny_contest: Path) -> None:
+    """It would be its own negative."""
+    options = ["--pretrain.supervision=SupervisedContrast", "--pretrain.supervision.holdout=0.3"]
+    options += ["--pretrain.supervision.share=0.75", "--pretrain.batch_size=120"]
+    recipe = config.parse("", argv=[*TINY, *options]).recipe
+    method = built("SimCLR")
+    method.supervision = recipe.pretrain.supervision()
+    labels, at = join(method, load_contest("tiny"), recipe.pretrain, 0)
+    own = at(0)[-56:]
+    assert (labels[own] >= 0).all()
+    assert len(np.unique(own)) == 56 == int((labels >= 0).sum())
 
 
 def test_labeled_images_come_in_pairs_of_a_class() -> None:

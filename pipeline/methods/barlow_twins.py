@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pipeline.distributed import all_reduce, rank, world_size
 from pipeline.encoders import features
 from pipeline.methods.base import Method, check_above, mlp
 
@@ -17,14 +18,15 @@ EPSILON = 1e-5  # added to the variance, as by batch norm
 def redundancy(projections: Tensor, off_diagonal: float) -> Tensor:
     """Distance of the cross-correlation [d, d] of two views' projections [v, b, d] from the
     identity, entries off its diagonal weighted (equations 1 and 2); the mean over pairs of views.
+    Every rank gives the same projections, and computes its share of the cross-correlation.
     """
     loss: Tensor = _Redundancy.apply(projections, off_diagonal)
     return loss
 
 
 class _Redundancy(torch.autograd.Function):
-    """The loss and its gradient in one sweep over blocks of the cross-correlation's rows, in memory
-    O(v b d): one more number for each projection.
+    """The loss and its gradient in one sweep over blocks of the cross-correlation's rows, in turns
+    on the ranks, in memory O(v b d): one more number for each projection.
     """
 
     @staticmethod
@@ -34,9 +36,10 @@ class _Redundancy(torch.autograd.Function):
         scale = (projections.var(1, correction=0, keepdim=True) + EPSILON).rsqrt()
         grad = torch.zeros_like(projections)  # with respect to normalized projections, at first
         loss, pairs = projections.new_zeros(()), list(combinations(range(v), 2))
+        block = min(BLOCK, -(-d // world_size()))
         for i, j in pairs:
-            for start in range(0, d, BLOCK):
-                part = slice(start, start + BLOCK)
+            for start in range(rank() * block, d, world_size() * block):
+                part = slice(start, start + block)
                 x = (projections[i, :, part] - mean[i, :, part]) * scale[i, :, part]  # [n, block]
                 c = (x.T @ projections[j]).mul_(scale[j] / n)  # x has mean 0: the other's is gone
                 diagonal = c.diagonal(start)
@@ -48,6 +51,7 @@ class _Redundancy(torch.autograd.Function):
                 grad[j].addmm_(x, c, alpha=1 / n)
                 c *= scale[j] / n
                 grad[i, :, part] += projections[j] @ c.T - mean[j] @ c.T
+        loss, grad = all_reduce(loss), all_reduce(grad)
         for view in range(v):
             for start in range(0, d, BLOCK):  # through the normalization
                 part = slice(start, start + BLOCK)

@@ -32,6 +32,8 @@ class Method(nn.Module):
     """A further loss of the projections and the batch's labels."""
     labels: Tensor | None = None
     """Labels [B] of the newest batch, -1 unknown, where there is supervision."""
+    negatives: int = 0
+    """Images of earlier steps whose keys are negatives."""
     group: int = 1
     """Images that a process or micro-batch must hold whole numbers of."""
     pair: tuple[Tensor, Tensor]

@@ -58,6 +58,7 @@ class MoCo(Method):
         slow = nn.ModuleList([self.encoder, self.projector])
         self.slow = copy.deepcopy(slow).requires_grad_(False)
         self.queue = Queue(queue, output)
+        self.negatives = queue // len(self.keyed)
 
     def project(self, views: list[Tensor]) -> Tensor:
         z = torch.stack([self.projector(self.encoder(view)) for view in views])
