@@ -283,8 +283,11 @@ def test_a_fine_tuning_of_other_files_is_not_used(here: Path) -> None:
     file.write_text("split,index,label,source\nunlabeled,50,2,x\n")
     inputs = {str(file): runs.sha256(file)}
     (folder / "provenance.json").write_text(json.dumps({"inputs": inputs}))
-    file.unlink()
+    file.write_text("split,index,label,source\nunlabeled,50,1,x\n")
     with pytest.raises(InputError, match=r"from another .*requested-1.csv; `make finetune` makes"):
+        start(pseudo_label)
+    file.unlink()
+    with pytest.raises(InputError, match=r"made from .*requested-1.csv, which is no longer there"):
         start(pseudo_label)
 
 

