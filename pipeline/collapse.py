@@ -78,7 +78,7 @@ def judge_views(views: Sequence[View]) -> str | None:
 
 
 def judge(
-    history: Sequence[Mapping[str, float]], along: float, queries: int = 1 << 62
+    history: Sequence[Mapping[str, float]], along: float, queries: float = math.inf
 ) -> str | None:
     """What is wrong, its usual causes and what to do, in a line, where the newest entry of a run's
     `history` is that of a collapse; `along` (0 to 1) is how much of the run is done.
@@ -98,7 +98,7 @@ def judge(
     untrained = history[0].get("knn", 0.0) if history[0]["step"] == 0 else 0.0
     wanted = min(GAIN * untrained, untrained + LESS * (100 - untrained))
     part = newest.get("knn", 100.0) / 100
-    error = 100 * math.sqrt(part * (1 - part) / max(queries, 1))
+    error = 100 * math.sqrt(part * (1 - part) / max(queries, 1))  # binomial
     if along >= SETTLED and newest.get("knn", math.inf) + error < wanted:
         what = f"kNN is {newest['knn']:.2f} % {where}, untrained it was {untrained:.2f} %"
         return _collapsed("knn", what)
