@@ -63,7 +63,7 @@ def run(
     if not force and facts.is_current():
         runs.say(f"{file} is up to date (--force chooses anew); next: make import-labels")
     elif not force and (file.is_file() or before):
-        if before:
+        if not file.is_file():
             file = before[0]
         if not _is_answered_in_part(file, contest, answered, format):
             return
