@@ -134,8 +134,10 @@ class FreeMatch(Consistency):
 
 
 class SemiSupervised(Supervised):
-    """Cross entropy on labels and consistency on unlabeled images, all in one batch of the
-    classifier.
+    """Cross entropy on labels and consistency on unlabeled images, in one batch of the classifier.
+
+    Weak views are guessed without a graph: by the averaged classifier in evaluation mode where
+    there is one (EMAN, arXiv 2101.08482), and by the classifier as it is if not.
     """
 
     def __init__(
@@ -149,11 +151,13 @@ class SemiSupervised(Supervised):
     ) -> Tensor:
         """`views` are the weak and the strong one [u, 3, h, w] of unlabeled images."""
         images, targets = self.mixed(images, labels, weights)
-        parts = [images, *views]
-        logits = self.classifier(torch.cat(parts)).float()
-        own, weak, strong = logits.split([len(part) for part in parts])
+        weak, strong = views
+        with torch.no_grad():
+            guesses = self.final()(weak).float()
+        logits = self.classifier(torch.cat([images, strong])).float()
+        own, answers = logits.split([len(images), len(strong)])
         with torch.autocast(logits.device.type, enabled=False):
-            loss: Tensor = self.cross_entropy(own, targets) + self.consistency(weak, strong)
+            loss: Tensor = self.cross_entropy(own, targets) + self.consistency(guesses, answers)
         return loss
 
     def signs(self) -> dict[str, Tensor]:

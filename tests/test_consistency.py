@@ -1,5 +1,6 @@
 """FixMatch and FreeMatch: their equations, written out, and training on unlabeled images."""
 
+import copy
 from typing import TypeVar
 
 import numpy as np
@@ -121,6 +122,31 @@ def test_both_losses_are_added() -> None:
     expected = alone + begun(FixMatch(0.1))(weak, strong)
     torch.testing.assert_close(module(images, labels, weights, views), expected)
     assert module.signs()["used"] == 100
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_averaged_classifier_guesses_where_there_is_one(ema: float) -> None:
+    """In evaluation mode, so that weak views leave no trace in batch norms; without a graph."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(3))
+    module = SemiSupervised(
+        Classifier(encoder, nn.Linear(3, 4)), 4, begun(FixMatch(0.0, aligned=False)), ema=ema
+    ).train()
+    teacher, student = module.final(), module.classifier
+    with torch.no_grad():
+        teacher.head.bias.copy_(torch.tensor([0.0, 0, 9, 0]))  # it is sure of class 2
+    images, views = torch.rand(3, 3, 2, 2), [torch.rand(6, 3, 2, 2) for _ in range(2)]
+    labels, before = torch.tensor([0, 3, 1]), copy.deepcopy(student)
+    loss = module(images, labels, torch.ones(3), views)
+    logits = before(torch.cat([images, views[1]]))
+    expected = F.cross_entropy(logits[:3], labels) + F.cross_entropy(
+        logits[3:], torch.full((6,), 2)
+    )
+    torch.testing.assert_close(loss, expected)
+    assert student.encoder[2].num_batches_tracked == (1 if ema else 2)  # type: ignore[index]
+    assert teacher.encoder[2].num_batches_tracked == (0 if ema else 2)  # type: ignore[index]
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert (teacher.head.weight.grad is None) == (ema > 0)
 
 
 @pytest.mark.parametrize(
