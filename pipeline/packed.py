@@ -215,7 +215,10 @@ def _write(out: Path, start: int, form: Form, rows: Sequence[int], pixels: bytes
     with FileIO(out, "r+") as file:
         for first, end in zip([0, *ends], ends, strict=False):
             part = memoryview(pixels)[first * form.bytes : end * form.bytes]
-            os.pwrite(file.fileno(), part, start + rows[first] * form.bytes)
+            at = start + rows[first] * form.bytes
+            while part:  # a disk that is full takes a part, and only then says so
+                written = os.pwrite(file.fileno(), part, at)
+                part, at = part[written:], at + written
 
 
 @functools.cache
