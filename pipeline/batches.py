@@ -5,31 +5,37 @@ ahead.
 import queue
 import threading
 from collections.abc import Callable, Generator
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 T = TypeVar("T")
+Ints = npt.NDArray[np.int64]
 
 
 @lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+def _permutation(n: int, seed: int, epoch: int) -> Ints:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
 
 
-def batch_at(n: int, batch: int, seed: int, step: int) -> npt.NDArray[np.int64]:
+def batch_at(n: int, batch: int, seed: int, step: int) -> Ints:
     """The positions [batch] of the global batch of `step` among n images.
 
     Steps read one stream of permutations of all n images, so each image comes exactly once in an
     epoch and none is dropped; a batch may straddle two epochs.
     """
-    places = np.arange(step * batch, (step + 1) * batch)
+    return stream_at(n, batch, step, partial(_permutation, n, seed))
+
+
+def stream_at(n: int, batch: int, step: int, order_of: Callable[[int], Ints]) -> Ints:
+    """The positions [batch] of `step` in a stream of epochs: order_of(0) [n], order_of(1), …"""
+    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), max(n, 1))
     positions = np.empty(batch, np.int64)
-    for epoch in np.unique(places // n):
-        here = places // n == epoch
-        positions[here] = _permutation(n, seed, int(epoch))[places[here] % n]
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        positions[here] = order_of(int(epoch))[places[here]]
     return positions
 
 

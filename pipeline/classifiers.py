@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from pipeline.checkpoint import load_tensors, save_tensors
+from pipeline.checkpoint import load_tensors
 from pipeline.encoders import build_encoder, features
 from pipeline.inference import predict
 from pipeline.manifest import Contest
@@ -184,15 +184,8 @@ def probe(
         classifier.head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator]
 
 
-def save_classifier(path: Path, classifier: Classifier, metadata: dict[str, Any]) -> None:
-    """Write the weights; `metadata` as `load_classifier` reads it (encoder, head, mean, std,
-    resolution).
-    """
-    save_tensors(path, classifier.state_dict(), metadata)
-
-
 def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:
-    """A classifier in evaluation mode, and its metadata."""
+    """A classifier in evaluation mode, and its metadata (encoder, head, mean, std, resolution)."""
     tensors, metadata = load_tensors(path)
     spec = metadata["encoder"]
     encoder = build_encoder(spec["name"], spec["stem"], **spec["options"])

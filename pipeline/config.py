@@ -25,6 +25,15 @@ _KINDS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Force:
+    """The option that every stage has which does nothing where its result is current."""
+
+    force: bool = dataclasses.field(
+        default=False, metadata={"help": "Run anew even where nothing has changed."}
+    )
+
+
 class Invocation(NamedTuple):
     """What a stage was started with: recipe, the stage's options, the recipe as plain data."""
 

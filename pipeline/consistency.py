@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline import InputError
+from pipeline.checks import check
 from pipeline.classifiers import Classifier, Supervised
 from pipeline.distributed import gather
 
@@ -64,7 +64,9 @@ class FixMatch(Consistency):
             momentum: of the running mean.
         """
         super().__init__()
-        _check("FixMatch", ratio=ratio, weight=weight, threshold=threshold, momentum=momentum)
+        check("FixMatch", "1 or more", ratio=ratio)
+        check("FixMatch", "0 or more", weight=weight)
+        check("FixMatch", "from 0 to 1", threshold=threshold, momentum=momentum)
         self.threshold, self.ratio, self.weight = threshold, ratio, weight
         self.aligned, self.momentum = aligned, momentum
 
@@ -100,7 +102,9 @@ class FreeMatch(Consistency):
             momentum: of the running means.
         """
         super().__init__()
-        _check("FreeMatch", ratio=ratio, weight=weight, momentum=momentum, fairness=fairness)
+        check("FreeMatch", "1 or more", ratio=ratio)
+        check("FreeMatch", "0 or more", weight=weight)
+        check("FreeMatch", "from 0 to 1", momentum=momentum, fairness=fairness)
         self.ratio, self.weight, self.fairness = ratio, weight, fairness
         self.aligned, self.momentum = aligned, momentum
 
@@ -124,7 +128,8 @@ class FreeMatch(Consistency):
         loss = self.weight * (F.cross_entropy(strong, label, reduction="none") * mask).mean()
         if not self.fairness:
             return loss
-        q, count = strong.softmax(1), mask.sum().clamp_min(1)
+        q, mask = gather(strong.softmax(1)), gather(mask)  # not linear in them: of all ranks
+        count = mask.sum().clamp_min(1)
         mean = (q * mask[:, None]).sum(0) / count
         own = (F.one_hot(q.argmax(1), q.shape[1]) * mask[:, None]).sum(0) / count
         target = _normalized(self.mean / self.histogram.clamp_min(1e-6))
@@ -152,9 +157,9 @@ class SemiSupervised(Supervised):
         """`views` are the weak and the strong one [u, 3, h, w] of unlabeled images."""
         images, targets = self.mixed(images, labels, weights)
         weak, strong = views
-        with torch.no_grad():
-            guesses = self.final()(weak).float()
         logits = self.classifier(torch.cat([images, strong])).float()
+        with torch.no_grad():  # after it: autocast keeps the weights that it cast, with their graph
+            guesses = self.final()(weak).float()
         own, answers = logits.split([len(images), len(strong)])
         with torch.autocast(logits.device.type, enabled=False):
             loss: Tensor = self.cross_entropy(own, targets) + self.consistency(guesses, answers)
@@ -170,12 +175,3 @@ def _histogram(labels: Tensor, classes: int) -> Tensor:
 
 def _normalized(x: Tensor) -> Tensor:
     return x / x.sum(-1, keepdim=True).clamp_min(1e-12)
-
-
-def _check(name: str, ratio: int, weight: float, momentum: float, **further: float) -> None:
-    for key, value, low in (("ratio", ratio, 1), ("weight", weight, 0)):
-        if value < low:
-            raise InputError(f"{name}: {key} is {value}; {low} or more is expected")
-    for key, value in {"momentum": momentum, **further}.items():
-        if not 0 <= value <= 1:
-            raise InputError(f"{name}: {key} is {value}; from 0 to 1 is expected")

@@ -93,11 +93,16 @@ def training_set(
 
 def _ranks(labels: Integers, keys: npt.NDArray[np.float64]) -> tuple[Integers, Integers]:
     """Each image's place [n] in its class by its key, and its class's size [n]."""
-    order = np.lexsort((keys, labels))
-    _, start, inverse, count = np.unique(
-        labels[order], return_index=True, return_inverse=True, return_counts=True
-    )
-    rank, sizes = np.empty((2, len(labels)), np.int64)
-    rank[order] = np.arange(len(labels)) - start[inverse]
-    sizes[order] = count[inverse]
-    return rank, sizes
+    order, rank = np.argsort(keys, kind="stable"), np.empty(len(labels), np.int64)
+    rank[order] = place_in_group(labels[order])
+    _, inverse, count = np.unique(labels, return_inverse=True, return_counts=True)
+    return rank, count[inverse]
+
+
+def place_in_group(groups: Integers) -> Integers:
+    """How many earlier rows of the same group there are, for each row's group [n]."""
+    order = np.argsort(groups, kind="stable")
+    first = np.flatnonzero(np.r_[True, np.diff(groups[order]) != 0]) if len(order) else order
+    place = np.empty(len(groups), np.int64)
+    place[order] = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
+    return place

@@ -16,7 +16,6 @@ from pipeline.metrics import confusion_counts
 from pipeline.runs import replacing
 
 Ints = npt.NDArray[np.int64]
-Color = str
 
 INK, SOFT, MIST, PALE, PAPER = "#1f2430", "#7a8194", "#c5cede", "#dfe3ec", "#ffffff"
 BLUE, GREEN, RED, AMBER = "#2f6fde", "#1f9d6b", "#d64545", "#e0a030"
@@ -32,7 +31,7 @@ class Tile:
 
     image: npt.NDArray[np.uint8]
     caption: str = ""
-    frame: Color | None = None
+    frame: str | None = None
 
 
 def image_rows(

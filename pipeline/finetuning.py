@@ -154,13 +154,12 @@ def report(folder: Path, contest: Contest, held: Manifest) -> dict[str, float | 
     rows = rows[labels[rows] >= 0]
     logits = np.load(folder / "logits" / "val.npy", mmap_mode="r")[rows]
     scores |= {f"val_top{k}": v for k, v in top_k(logits, labels[rows], [1, 5]).items()}
-    names = contest.class_names or [str(k) for k in range(contest.classes)]
     numbers = list(range(contest.classes))
     predicted = logits.argmax(1)
     text = classification_report(
-        labels[rows], predicted, labels=numbers, target_names=names, zero_division=0
+        labels[rows], predicted, labels=numbers, target_names=contest.names, zero_division=0
     )
     with runs.replacing(folder / "report.txt") as aside:
         aside.write_text(text)
-    confusion(folder / "confusion.png", labels[rows], predicted, names)
+    confusion(folder / "confusion.png", labels[rows], predicted, contest.names)
     return scores

@@ -16,7 +16,7 @@ from pipeline.batches import prefetch, slice_of
 from pipeline.distributed import barrier, rank, world_size
 from pipeline.encoders import build_encoder, features
 from pipeline.manifest import Contest
-from pipeline.packed import Pool
+from pipeline.packed import Pool, write_rows
 from pipeline.progress import progress
 from pipeline.runs import check_room
 from pipeline.views import WHOLE, Views, matmul_dtype, uniforms
@@ -76,7 +76,7 @@ def predict(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],
-    out: npt.NDArray[np.float32],
+    out: "npt.NDArray[np.float32] | _Rows",
     rows: npt.NDArray[np.int64] | None = None,
     batch: int = 512,
     exact: bool = False,
@@ -114,6 +114,19 @@ def predict(
             advance(len(images))
 
 
+class _Rows:
+    """Rows of a .npy file, written as bytes: where nodes share a disk, whole pages of a memory map
+    would undo what another node wrote to their other rows.
+    """
+
+    def __init__(self, file: Path) -> None:
+        array = np.lib.format.open_memmap(file, "r")
+        self.file, self.start, self.size = file, array.offset, array.strides[0]
+
+    def __setitem__(self, rows: npt.NDArray[np.int64], values: npt.NDArray[np.float32]) -> None:
+        write_rows(self.file, self.start, self.size, rows.tolist(), values.tobytes())
+
+
 def predict_split(
     model: nn.Module,
     contest: Contest,
@@ -128,8 +141,8 @@ def predict_split(
     """Write model(image) of every usable image of a split to the float32 array `file` [images,
     outputs].
 
-    Rows of unusable images are zero.  Every process takes its part of a shared memory map; the file
-    appears when it is whole.
+    Rows of unusable images are zero.  Every process writes its part; the file appears when it is
+    whole.
     """
     aside = file.with_name(f".{file.name}.tmp")
     if rank() == 0:
@@ -138,12 +151,11 @@ def predict_split(
         check_room(file.parent, 4 * shape[0] * shape[1], f"{file.name} [{shape[0]:,}, {outputs}]")
         np.lib.format.open_memmap(aside, "w+", np.float32, shape)
     barrier()
-    rows, out = contest.usable(split), np.lib.format.open_memmap(aside, "r+")
+    rows = contest.usable(split)
     pool = Pool([(contest.packed(split), rows)])
     mean, std = contest.mean, contest.std
     mine = slice_of(len(pool), rank(), world_size())
-    predict(model, pool, size, mean, std, out, rows, batch, exact, unit, split, mine)
-    out.flush()
+    predict(model, pool, size, mean, std, _Rows(aside), rows, batch, exact, unit, split, mine)
     barrier()
     if rank() == 0:
         aside.replace(file)

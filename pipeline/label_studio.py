@@ -4,7 +4,6 @@ Files and formats: https://labelstud.io/guide/tasks (tasks), /guide/storage (ima
 local folder) and /guide/export (JSON and JSON-MIN).
 """
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from PIL import Image
 from pipeline import InputError
 from pipeline.manifest import Contest
 from pipeline.runs import replacing, write_json
-from pipeline.tables import Column, read_table
+from pipeline.tables import Column, read_table, write_table
 
 Ints = npt.NDArray[np.int64]
 
@@ -44,7 +43,7 @@ def write_project(request: Path, contest: Contest, indices: Ints) -> Path:
 
     Guessed classes and their probabilities are those of picks.csv beside the request.
     """
-    folder, names = project_folder(request), class_names(contest)
+    folder, names = project_folder(request), contest.names
     most = contest.classes - 1
     columns = {
         "index": Column(np.int64, required=True),
@@ -66,11 +65,6 @@ def forget_project(request: Path) -> None:
     """A request that is replaced leaves no tasks and no disagreements."""
     (project_folder(request) / "tasks.json").unlink(missing_ok=True)
     disagreements_file(request).unlink(missing_ok=True)
-
-
-def class_names(contest: Contest) -> list[str]:
-    """The contest's class names, or its class numbers where it has no names."""
-    return contest.class_names or [str(n) for n in range(contest.classes)]
 
 
 def labeling_config(names: Sequence[str]) -> str:
@@ -165,11 +159,9 @@ def write_disagreements(path: Path, export: Export, names: Sequence[str]) -> Non
     if not export.disputed:
         path.unlink(missing_ok=True)
         return
-    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(["index", "class", "name", "annotator"])
-        for index, votes in export.disputed.items():
-            writer.writerows([index, v.label, names[v.label], v.annotator] for v in votes)
+    disputed = ((index, v) for index, votes in export.disputed.items() for v in votes)
+    rows = ([index, v.label, names[v.label], v.annotator] for index, v in disputed)
+    write_table(path, ["index", "class", "name", "annotator"], rows)
 
 
 def _items(path: Path) -> list[Any]:

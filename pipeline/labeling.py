@@ -1,6 +1,5 @@
 """A round of pseudo-labels: what it starts from, how right it is, and all rounds in a table."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pipeline.manifest import Contest, Integers, Manifest, read_manifest
 from pipeline.metrics import chunks, fit_temperature
 from pipeline.pseudo_labels import Evidence, Predictor
 from pipeline.selection import eligible
+from pipeline.tables import write_table
 
 
 def labeled_images(latest: Path, newer: Sequence[Path] = ()) -> Manifest:
@@ -87,7 +87,7 @@ def evidence_of(
         of_known = rows_of(latest / "logits", known, contest.classes, "make finetune")
         of_known /= temperature or 1.0
         return Evidence(logits, _roots(logits), _roots(of_known), known.label), temperature
-    folder = runs.finished(entry / "embeddings", "make embed")
+    folder = contest.finished(entry / "embeddings", "make embed")
     width = np.load(folder / "train.npy", mmap_mode="r").shape[1]
     x, labeled = (rows_of(folder, m, width, "make embed") for m in (both, known))
     return Evidence(logits, x, labeled, known.label), temperature
@@ -144,13 +144,12 @@ def write_rounds(entry: Path) -> None:
     rounds = [runs.read_json(f, "make pseudo-label") for f in files]
     columns = ["round", "classifier", "labeled", "coverage", "precision", "precision_error"]
     columns += ["true_precision", "changed", "temperature"]
-    with runs.replacing(entry / "pseudo-rounds.csv") as aside, aside.open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(["file", *columns])
-        for file, found in zip(files, rounds, strict=True):
-            values = [found.get(column) for column in columns]
-            words = [f"{v:.4g}" if isinstance(v, float) else "" if v is None else v for v in values]
-            writer.writerow([file.with_suffix(".csv").name, *words])
+    rows = []
+    for file, found in zip(files, rounds, strict=True):
+        values = [found.get(column) for column in columns]
+        words = [f"{v:.4g}" if isinstance(v, float) else v for v in values]
+        rows.append([file.with_suffix(".csv").name, *words])
+    write_table(entry / "pseudo-rounds.csv", ["file", *columns], rows)
     figure = Figure((8, 4))
     figure.text(0.03, 0.94, "Pseudo-labels, round by round", fontsize=13, color=INK, va="center")
     axes = house_axes(figure, (0.09, 0.15, 0.86, 0.65), "")

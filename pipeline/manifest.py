@@ -1,9 +1,9 @@
 """Read, check and write manifests; a training set is a list of manifests."""
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from pipeline import InputError
 from pipeline.packed import Pool, open_packed
 from pipeline.runs import (
     contest_folder,
+    finished,
     made_from_file,
     packed_file,
     read_json,
-    replacing,
     require,
     sha256,
 )
-from pipeline.tables import Column, read_table
+from pipeline.tables import Column, read_table, write_table
 
 Integers = npt.NDArray[np.int64]
 PREPARED = ("split", "index", "file", "sha256", "label", "note")
@@ -107,12 +107,12 @@ class Manifest:
 
 def write_manifest(path: Path, manifest: Manifest, columns: Sequence[str] = LABELS) -> None:
     """Write the named columns; an unknown label is left empty."""
-    with replacing(path) as aside, aside.open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(columns)
-        for start in range(0, len(manifest), _BLOCK):
-            block = manifest.take(np.arange(start, min(start + _BLOCK, len(manifest))))
-            writer.writerows(zip(*(_as_text(block, c) for c in columns), strict=True))
+    blocks = (
+        manifest.take(np.arange(start, min(start + _BLOCK, len(manifest))))
+        for start in range(0, len(manifest), _BLOCK)
+    )
+    rows = (zip(*(_as_text(block, c) for c in columns), strict=True) for block in blocks)
+    write_table(path, columns, chain.from_iterable(rows))
 
 
 def _as_text(manifest: Manifest, column: str) -> list[Any]:
@@ -172,7 +172,13 @@ class Contest:
     @property
     def oracle(self) -> Path:
         """Where a rehearsal keeps the labels of its unlabeled images, if it has them here."""
-        return self.root.with_name(f"{self.root.name}.oracle.pt")
+        root = self.root.resolve()
+        return root.with_name(f"{root.name}.oracle.pt")
+
+    @property
+    def names(self) -> list[str]:
+        """The classes' names, or their numbers where they have none."""
+        return self.class_names or [str(k) for k in range(self.classes)]
 
     def images(self, split: str) -> int:
         """Rows of the packed split, unusable images included."""
@@ -246,6 +252,12 @@ class Contest:
             raise InputError(
                 f"{what} is of another contest than {self.name}, or of other images; {do}"
             )
+
+    def finished(self, folder: Path, made_by: str) -> Path:
+        """As `runs.finished`, and InputError where `folder` is not of this contest."""
+        do = f"`{made_by}` makes it anew"
+        self.check_same(finished(folder, made_by), folder / "provenance.json", do)
+        return folder
 
     def check_finetune(self, folder: Path) -> None:
         """Raise InputError where the fine-tuning in `folder` is not of this contest."""

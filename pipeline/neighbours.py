@@ -10,6 +10,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.draws import place_in_group
 from pipeline.progress import progress
 
 Floats = npt.NDArray[np.float32]
@@ -163,15 +164,6 @@ def shares(sizes: Ints, total: int) -> Ints:
         group[np.argsort(-claim, kind="stable")[:total]], minlength=len(sizes)
     )
     return taken
-
-
-def place_in_group(groups: Ints) -> Ints:
-    """How many earlier rows of the same group there are, for each row's group [n]."""
-    order = np.argsort(groups, kind="stable")
-    first = np.flatnonzero(np.r_[True, np.diff(groups[order]) != 0]) if len(order) else order
-    place = np.empty(len(groups), np.int64)
-    place[order] = np.arange(len(order)) - np.repeat(first, np.diff(np.r_[first, len(order)]))
-    return place
 
 
 def nearest_distinct(centers: Floats, x: Floats) -> Ints:

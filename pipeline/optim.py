@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import InputError
+from pipeline.checks import check
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,14 @@ class Optimizer:
     """Fraction of the rate that is left at the end of the cosine."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "lr_batch", "trust"):
-            if (value := getattr(self, name)) <= 0:
-                raise InputError(f"optimizer: {name} is {value}; above 0 is expected")
-        for name in ("bias_lr", "weight_decay", "final_lr"):
-            if (value := getattr(self, name)) < 0:
-                raise InputError(f"optimizer: {name} is {value}; 0 or more is expected")
-        for name, values in (
-            ("warmup", [self.warmup]), ("momentum", [self.momentum]), ("betas", self.betas)
-        ):  # fmt: skip
-            if not all(0 <= value < 1 for value in values):
-                found = ", ".join(map(str, values))
-                raise InputError(f"optimizer: {name} is {found}; from 0 to below 1 is expected")
+        for expected, names in (
+            ("above 0", ["lr", "lr_batch", "trust"]),
+            ("0 or more", ["bias_lr", "weight_decay", "final_lr"]),
+            ("from 0 to below 1", ["warmup", "momentum"]),
+        ):
+            check("optimizer", expected, **{name: getattr(self, name) for name in names})
+        for beta in self.betas:
+            check("optimizer", "from 0 to below 1", betas=beta)
         if self.nesterov and not self.momentum:
             raise InputError("optimizer: nesterov is true and momentum 0; above 0 is expected")
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from pipeline import InputError
 from pipeline.checkpoint import save_torch
+from pipeline.checks import check
 from pipeline.progress import Advance, progress
 from pipeline.sources import Opener, Source
 
@@ -42,6 +43,11 @@ class Shape:
     max_unlabeled_per_class: int = 10**9
     size: int = 96
 
+    def __post_init__(self) -> None:
+        check("make", "1 or more", per_class=self.per_class, val_per_class=self.val_per_class)
+        check("make", "0 or more", max_unlabeled_per_class=self.max_unlabeled_per_class)
+        check("make", "8 or more", size=self.size)
+
 
 def make_contest(source: Source, out: Path, shape: Shape, seed: int) -> dict[str, int]:
     """Write a contest to `out` and the labels of its unlabeled images to OUT.oracle.pt, beside it.
@@ -49,8 +55,11 @@ def make_contest(source: Source, out: Path, shape: Shape, seed: int) -> dict[str
     Returns the number of images in each split.  `out` appears when it is complete.  Raises
     InputError where it exists and is not empty.
     """
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is no folder; another name is expected")
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty")
+    out = out.resolve()
     splits = _draw(source, shape, random.Random(seed))
     if not splits["unlabeled"]:
         raise InputError(

@@ -204,18 +204,22 @@ def _pack_part(
         reasons.append(reason)
     if len(good) < _TASK:
         sheet = sheet.crop((0, 0, form.width, len(good) * form.height))
-    _write(out, start, form, good, sheet.tobytes())
+    write_rows(out, start, form.bytes, good, sheet.tobytes())
     histogram = np.array(sheet.histogram(), np.int64).reshape(3, 256)
     return Packed(np.array(digests, "S64"), reasons, histogram)
 
 
-def _write(out: Path, start: int, form: Form, rows: Sequence[int], pixels: bytes) -> None:
-    """Write images to their rows, each run of neighboring rows at once: a write locks the file."""
+def write_rows(out: Path, start: int, size: int, rows: Sequence[int], data: bytes) -> None:
+    """Write `data` to rows of `size` bytes that begin at byte `start`, each run of neighboring rows
+    at once: a write locks the file.
+    """
     ends = [k + 1 for k in range(len(rows)) if rows[k] + 1 not in rows[k + 1 : k + 2]]
     with FileIO(out, "r+") as file:
         for first, end in zip([0, *ends], ends, strict=False):
-            part = memoryview(pixels)[first * form.bytes : end * form.bytes]
-            os.pwrite(file.fileno(), part, start + rows[first] * form.bytes)
+            part, at = memoryview(data)[first * size : end * size], start + rows[first] * size
+            while part:  # a disk that is full takes a part, and only then says so
+                written = os.pwrite(file.fileno(), part, at)
+                part, at = part[written:], at + written
 
 
 @functools.cache

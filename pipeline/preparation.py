@@ -125,7 +125,8 @@ def asked_for(layout: Layout, data: Data) -> dict[str, Any]:
 
 def is_rehearsal(layout: Layout, data: Data) -> bool:
     """Whether the recipe says so, or the organizers' labels lie beside the contest."""
-    oracle = layout.root.with_name(f"{layout.root.name}.oracle.pt")
+    root = layout.root.resolve()
+    oracle = root.with_name(f"{root.name}.oracle.pt")
     return data.rehearsal or oracle.is_file()
 
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_matrix, diags
 from scipy.special import logsumexp, xlogy
 
-from pipeline import InputError
+from pipeline.checks import check
 from pipeline.metrics import chunks
 from pipeline.neighbours import graph
 from pipeline.progress import progress
@@ -53,16 +53,9 @@ class Propagation(Predictor):
             certainty: an image is as sure as 1 less the entropy of its row of Z over the largest
                 possible, as in the paper, or as the largest part of that row.
         """
-        for name, value, least in (
-            ("neighbors", neighbors, 1),
-            ("gamma", gamma, 0),
-            ("iterations", iterations, 1),
-            ("prior", prior, 0),
-        ):
-            if value < least:
-                raise InputError(f"Propagation: {name} is {value}; {least} or more is expected")
-        if not 0 <= alpha < 1:
-            raise InputError(f"Propagation: alpha is {alpha}; from 0 to below 1 is expected")
+        check("Propagation", "1 or more", neighbors=neighbors, iterations=iterations)
+        check("Propagation", "0 or more", gamma=gamma, prior=prior)
+        check("Propagation", "from 0 to below 1", alpha=alpha)
         self.neighbors, self.gamma, self.alpha = neighbors, gamma, alpha
         self.iterations, self.prior, self.balanced = iterations, prior, balanced
         self.space, self.certainty = space, certainty

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import InputError
+from pipeline.checks import check
+from pipeline.draws import place_in_group
 from pipeline.metrics import predictions
-from pipeline.neighbours import place_in_group
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -66,8 +66,7 @@ class Threshold(PseudoLabeler):
                 2110.08263, sections 3.1 and 3.3), but not below half: here it does not rise while
                 a classifier learns.
         """
-        if not 0 <= confidence <= 1:
-            raise InputError(f"Threshold: confidence is {confidence}; from 0 to 1 is expected")
+        check("Threshold", "from 0 to 1", confidence=confidence)
         self.confidence, self.flexible = confidence, flexible
 
     def __call__(self, labels: Ints, confidences: Floats) -> Ints:
@@ -88,8 +87,7 @@ class TopFraction(PseudoLabeler):
             fraction: of the images predicted to be of a class (rounded up).
             balanced: as many of each class, as far as there are: `fraction` of the mean.
         """
-        if not 0 < fraction <= 1:
-            raise InputError(f"TopFraction: fraction is {fraction}; above 0 to 1 is expected")
+        check("TopFraction", "above 0, up to 1", fraction=fraction)
         self.fraction, self.balanced = fraction, balanced
 
     def __call__(self, labels: Ints, confidences: Floats) -> Ints:

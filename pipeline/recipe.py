@@ -8,11 +8,12 @@ from typing import Any
 
 import pipeline.propagation  # noqa: F401  (registers itself)
 from pipeline import InputError
+from pipeline.checks import check
 from pipeline.encoders import Stem
 from pipeline.pseudo_labels import Predictor, PseudoLabeler, Softmax, TopFraction
 from pipeline.selection import Strategy
 from pipeline.strategies import KMeans
-from pipeline.training_recipe import Finetune, Pretrain, check_least
+from pipeline.training_recipe import Finetune, Pretrain
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Data:
     """val stands for a secret test here: nothing may be chosen by it."""
 
     def __post_init__(self) -> None:
-        check_least("data", self, size=8, classes=1, max_pixels=1, workers=1)
+        check("data", "8 or more", size=self.size)
+        check("data", "1 or more", classes=self.classes, max_pixels=self.max_pixels)
+        check("data", "1 or more", workers=self.workers)
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,11 @@ class Evaluate:
     """Embed the unlabeled split too, as label requests need it."""
 
     def __post_init__(self) -> None:
-        check_least("evaluate", self, batch_size=1, resolution=8, neighbors=1)
+        check("evaluate", "1 or more", batch_size=self.batch_size, neighbors=self.neighbors)
+        check("evaluate", "8 or more", resolution=self.resolution)
+        check("evaluate", "above 0", temperature=self.temperature, linear_c=self.linear_c)
         if not self.k or min(self.k) < 1:
             raise InputError(f"evaluate: k is {self.k}; one or more numbers above 0 are expected")
-        for name in ("temperature", "linear_c"):
-            if (value := getattr(self, name)) <= 0:
-                raise InputError(f"evaluate: {name} is {value}; above 0 is expected")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class PseudoLabel:
     """No further round once fewer percent of the pseudo-labels than this differ from the last."""
 
     def __post_init__(self) -> None:
-        check_least("pseudo_label", self, rounds=1)
+        check("pseudo_label", "1 or more", rounds=self.rounds)
 
 
 @dataclass(frozen=True)

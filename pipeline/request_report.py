@@ -1,6 +1,5 @@
 """What a label request asks for, as people would look at it: a table and pictures."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ from pipeline.figures import (
 )
 from pipeline.manifest import Contest
 from pipeline.neighbours import search
-from pipeline.runs import replacing
 from pipeline.selection import Candidates, Floats, Ints, Request
+from pipeline.tables import write_table
 
 _ROWS, _AROUND = 12, 9  # of the contact sheet
 _POINTS = 1500  # of the pool in the map, and as many picks and labeled images at most
@@ -54,12 +53,12 @@ def _table(
     """A row for each pick; what is not known is left empty."""
     margin = candidates.margin[picks] if candidates.logits else np.full(len(picks), np.nan)
     columns = request.indices, request.groups, *guessed, margin, candidates.known[picks]
-    with replacing(path) as aside, aside.open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(["index", "cluster", "class", "confidence", "margin", "nearest_labeled"])
-        for index, group, label, *numbers in zip(*(c.tolist() for c in columns), strict=True):
-            words = ["" if np.isnan(number) else f"{number:.4f}" for number in numbers]
-            writer.writerow([index, group, label if label >= 0 else "", *words])
+    rows = []
+    for index, group, label, *numbers in zip(*(c.tolist() for c in columns), strict=True):
+        words = ["" if np.isnan(number) else f"{number:.4f}" for number in numbers]
+        rows.append([index, group, label if label >= 0 else "", *words])
+    names = ["index", "cluster", "class", "confidence", "margin", "nearest_labeled"]
+    write_table(path, names, rows)
 
 
 def _contact_sheet(
@@ -149,7 +148,7 @@ def _classes(
         return
     expected = np.bincount(of_pool, minlength=k) * len(guessed) / len(of_pool)
     found = np.bincount(guessed, minlength=k)
-    names = contest.class_names or [str(n) for n in range(k)]
+    names = contest.names
     order = np.argsort(-expected, kind="stable")
     figure = Figure((10, 5))
     figure.text(0.03, 0.94, title, fontsize=13, color=INK, va="center")
@@ -175,12 +174,8 @@ def overlap(folder: Path, chosen: Mapping[str, Ints]) -> None:
     """
     names = list(chosen)
     shared = [[100 * np.isin(chosen[a], chosen[b]).mean() for b in names] for a in names]
-    with replacing(folder / "overlap.csv") as aside, aside.open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(["strategy", *names])
-        writer.writerows(
-            [a, *(f"{s:.1f}" for s in row)] for a, row in zip(names, shared, strict=True)
-        )
+    rows = [[a, *(f"{s:.1f}" for s in row)] for a, row in zip(names, shared, strict=True)]
+    write_table(folder / "overlap.csv", ["strategy", *names], rows)
     side = 0.7 * len(names) + 0.5
     figure = Figure((side + 3, side + 2))
     where = (2 / (side + 3), 1.2 / (side + 2), side / (side + 3), side / (side + 2))

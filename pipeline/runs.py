@@ -76,9 +76,9 @@ def unfinished_after(finetune: Path) -> Path | None:
     return None if last == finetune else last
 
 
-def numbered(folder: Path, kind: str) -> list[Path]:
+def numbered(folder: Path, kind: str, suffix: str = ".csv") -> list[Path]:
     """folder/KIND-K.csv, in the order of K."""
-    return _in_order(folder, kind, ".csv")
+    return _in_order(folder, kind, suffix)
 
 
 def _in_order(folder: Path, kind: str, suffix: str = "") -> list[Path]:
@@ -236,13 +236,14 @@ class Run:
         return whole and all(written.get(k) == v for k, v in self.facts.items())
 
     def begin(self, anew: bool = False) -> None:
-        """From here on the folder is unfinished, until `finish`; `anew` forgets an interrupted
-        run.
+        """From here on the folder is unfinished, until `finish`, and its arrays are gone; `anew`
+        forgets an interrupted run.
         """
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("provenance.json", *(("plan.json", "checkpoint.pt") if anew else ())):
-                (self.folder / name).unlink(missing_ok=True)
+            names = ["provenance.json", *(["plan.json", "checkpoint.pt"] if anew else [])]
+            for file in (*(self.folder / name for name in names), *self.folder.rglob("*.npy")):
+                file.unlink(missing_ok=True)
         barrier()  # no process sees what is forgotten
 
     def finish(self, **results: Any) -> None:

@@ -4,8 +4,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import InputError
+from pipeline.checks import check
 from pipeline.coverage import facility_location, farthest_first
-from pipeline.neighbours import kmeans, nearest_distinct, place_in_group
+from pipeline.draws import place_in_group
+from pipeline.neighbours import kmeans, nearest_distinct
 from pipeline.selection import NEIGHBORS, Candidates, Floats, Ints, Strategy
 
 Picks = tuple[Ints, Ints | None]
@@ -29,7 +31,7 @@ class EnergyStrata(Strategy):
         Args:
             strata: how many there are, of as many images each.
         """
-        _check_least("EnergyStrata", strata=strata)
+        check("EnergyStrata", "1 or more", strata=strata)
         self.strata = strata
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Picks:
@@ -48,7 +50,7 @@ class KMeans(Strategy):
         Args:
             iterations: of Lloyd's algorithm.
         """
-        _check_least("KMeans", iterations=iterations)
+        check("KMeans", "1 or more", iterations=iterations)
         self.iterations = iterations
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Picks:
@@ -68,7 +70,7 @@ class Typicality(Strategy):
             neighbors: whose mean distance an image's typicality is one over.
             iterations: of k-means.
         """
-        _check_least("Typicality", neighbors=neighbors, iterations=iterations)
+        check("Typicality", "1 or more", neighbors=neighbors, iterations=iterations)
         if neighbors > NEIGHBORS:
             raise InputError(
                 f"Typicality: neighbors is {neighbors}; up to {NEIGHBORS} are expected"
@@ -116,9 +118,8 @@ class ProbCover(Strategy):
             purity: part of the images whose ball has no image of another cluster.
             iterations: of k-means.
         """
-        if not 0 < purity <= 1:
-            raise InputError(f"ProbCover: purity is {purity}; above 0, up to 1 is expected")
-        _check_least("ProbCover", iterations=iterations)
+        check("ProbCover", "above 0, up to 1", purity=purity)
+        check("ProbCover", "1 or more", iterations=iterations)
         self.purity, self.iterations = purity, iterations
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Picks:
@@ -161,9 +162,7 @@ class MarginClusters(Strategy):
             clusters: of k-means; null takes one for each class.
             iterations: of k-means.
         """
-        if pool < 1:
-            raise InputError(f"MarginClusters: pool is {pool}; 1 or more is expected")
-        _check_least("MarginClusters", iterations=iterations, clusters=clusters or 1)
+        check("MarginClusters", "1 or more", pool=pool, iterations=iterations, clusters=clusters)
         self.pool, self.clusters, self.iterations = pool, clusters, iterations
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Picks:
@@ -191,8 +190,7 @@ class Hybrid(Strategy):
         Args:
             uncertainty: how much more an unsure image counts; 0 leaves the classifier out.
         """
-        if uncertainty < 0:
-            raise InputError(f"Hybrid: uncertainty is {uncertainty}; 0 or more is expected")
+        check("Hybrid", "0 or more", uncertainty=uncertainty)
         self.uncertainty = uncertainty
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Picks:
@@ -209,12 +207,6 @@ class Hybrid(Strategy):
             near, kernel(similarities), weights, known, candidates.free, budget, seed
         )
         return picks, None
-
-
-def _check_least(strategy: str, **values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise InputError(f"{strategy}: {name} is {value}; 1 or more is expected")
 
 
 def _first(count: int, positions: Ints, keys: tuple[npt.NDArray[np.generic], ...]) -> Ints:

@@ -1,6 +1,5 @@
 """A submission: a stand-alone program and its weights, checked as the organizers check it."""
 
-import csv
 import inspect
 import json
 from collections import Counter
@@ -19,6 +18,7 @@ from pipeline.inference import predict_split
 from pipeline.manifest import Contest, Manifest, read_manifest
 from pipeline.recipe import Submit
 from pipeline.runs import sha256, write_json
+from pipeline.tables import write_table
 
 TOLERANCE = 0.1  # points between the submission's score and the fine-tuned model's own
 CARD = "card.json"
@@ -189,10 +189,7 @@ def write_predictions(folder: Path, choice: Choice, contest: Contest, split: str
     with TemporaryDirectory() as made:
         file = own_logits(choice, contest, split, Path(made))
         labels = np.load(file, mmap_mode="r").argmax(1)
-    with (folder / "predictions.csv").open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(("id", "label"))
-        writer.writerows(enumerate(labels.tolist()))
+    write_table(folder / "predictions.csv", ["id", "label"], enumerate(labels.tolist()))
     return len(labels) - len(contest.usable(split))
 
 

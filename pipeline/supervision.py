@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline import InputError
-from pipeline.batches import batch_at
-from pipeline.draws import hold_out
+from pipeline.batches import batch_at, stream_at
+from pipeline.checks import check
+from pipeline.draws import hold_out, place_in_group
 from pipeline.manifest import Contest, Manifest
 from pipeline.methods.base import Method
 
@@ -45,14 +46,8 @@ class SupervisedContrast(nn.Module):
                 that of these images.
         """
         super().__init__()
-        for name, value in (("weight", weight), ("temperature", temperature)):
-            if value <= 0:
-                raise InputError(f"SupervisedContrast: {name} is {value}; above 0 is expected")
-        for name, value in (("share", share), ("holdout", holdout)):
-            if not 0 <= value < 1:
-                raise InputError(
-                    f"SupervisedContrast: {name} is {value}; from 0 to below 1 is expected"
-                )
+        check("SupervisedContrast", "above 0", weight=weight, temperature=temperature)
+        check("SupervisedContrast", "from 0 to below 1", share=share, holdout=holdout)
         self.weight, self.temperature, self.share, self.held = weight, temperature, share, holdout
 
     def begin(self, classes: int, width: int) -> None:
@@ -124,13 +119,8 @@ def joined_batches(labels: Ints, batch: int, labeled: int, seed: int) -> Callabl
 
     def at(step: int) -> Ints:
         of_all = batch_at(len(labels), batch - labeled, seed, step)
-        places = np.arange(step * labeled, (step + 1) * labeled)
-        epochs, places = np.divmod(places, max(len(known), 1))
-        of_labeled = np.empty(labeled, np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            of_labeled[here] = known[order_of(int(epoch))[places[here]]]
-        return np.concatenate([of_all, of_labeled])
+        of_labeled = stream_at(len(known), labeled, step, order_of)
+        return np.concatenate([of_all, known[of_labeled]])
 
     return at
 
@@ -140,8 +130,5 @@ def _in_pairs(labels: Ints, seed: int, epoch: int) -> Ints:
     rng = np.random.Generator(np.random.Philox(key=[seed + (1 << 32), epoch]))
     shuffled = rng.permutation(len(labels))
     order = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    of = labels[order]
-    starts = np.flatnonzero(np.r_[True, of[1:] != of[:-1]])
-    place = np.arange(len(of)) - np.repeat(starts, np.diff(np.r_[starts, len(of)]))
-    pair = np.cumsum(place % 2 == 0) - 1
+    pair = np.cumsum(place_in_group(labels[order]) % 2 == 0) - 1
     return order[np.argsort(rng.permutation(pair[-1] + 1)[pair], kind="stable")]

@@ -1,7 +1,7 @@
-"""Read a CSV file as columns of checked values."""
+"""CSV files: written row by row, read as columns of checked values."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import InputError
+from pipeline.runs import replacing
 
 _BLOCK = 1000  # rows; so few that the garbage collector finds little to walk through
 
@@ -29,6 +30,14 @@ class Column:
     def expected(self) -> str:
         kind = "a number from 0" + (f" to {self.most:g}" if self.most < 2**31 else "")
         return kind if self.empty is None else f"{kind}, or nothing,"
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV file in UTF-8, there when it is whole."""
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def read_table(path: Path, columns: dict[str, Column]) -> dict[str, npt.NDArray[Any]]:

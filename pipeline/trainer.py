@@ -22,9 +22,10 @@ from pipeline.methods.base import Method
 from pipeline.optim import set_lr
 from pipeline.plan import Plan, plan_steps
 from pipeline.progress import progress
-from pipeline.runs import differences, interrupts, read_json, say, write_json
+from pipeline.runs import differences, interrupts, numbered, read_json, say, write_json
 
 _CALIBRATION = (2, 5)  # steps to warm up, steps to time, at each resolution
+_HEARD = 5.0  # seconds within which every process hears of a signal; launchers kill 30 after it
 
 
 @dataclass
@@ -111,8 +112,9 @@ class Trainer:
         plan = plan_steps(config, images, resolutions, self._seconds)
         if self.accelerator.is_main_process:
             if self.checkpoint.is_file():
-                older = len(list(self.folder.glob("checkpoint-*.pt")))
-                kept = self.folder / f"checkpoint-{older + 1}.pt"
+                older = numbered(self.folder, "checkpoint", ".pt")
+                k = int(older[-1].stem.rpartition("-")[2]) + 1 if older else 1
+                kept = self.folder / f"checkpoint-{k}.pt"
                 self.checkpoint.replace(kept)
                 changed = "; ".join(differences(written["facts"], self.facts)[:5])
                 say(f"starting anew, as this changed: {changed}; the old checkpoint is now {kept}")
@@ -218,7 +220,7 @@ class Trainer:
         marks = {round(total * (k + 1) / self.evals) for k in range(self.evals)}
         hparams = {"tensorboard": {"purge_step": start}}
         self.accelerator.init_trackers("tensorboard", init_kwargs=hparams)
-        alone = self.accelerator.num_processes == 1
+        alone, heard = self.accelerator.num_processes == 1, 1  # steps between two that agree
         if start == 0 and self.judge is not None and self.evaluate is not None and self.evals:
             self._evaluate(0)  # what there is to improve on
         elif start == total and self.judge is not None and self.history:
@@ -238,14 +240,15 @@ class Trainer:
                 done, note, save, stop = step + 1, "", False, False
                 late = time.monotonic() - saved > 60 * self.checkpoint_minutes
                 log = done % self.log_steps == 0 or done == total or done in marks
-                if log or (alone and (late or self._stop)):  # steps that all ranks agree on
+                if log or (late or self._stop if alone else done % heard == 0):
                     loss, save, stop = self._read_losses(done, late)
                 if log:
                     speed = batch * (done - self._logged) / (time.monotonic() - tick)
                     rate = self.optimizer.param_groups[0]["lr"]
-                    signs = self._agreed(self.signs() if self.signs is not None else {})
-                    values = {"loss": loss, "lr": rate, "images_per_second": speed}
-                    self._log(done, values | signs)
+                    signs = self.signs() if self.signs is not None else {}
+                    agreed = self._agreed({"images_per_second": speed} | signs)
+                    heard = max(1, int(_HEARD * agreed["images_per_second"] / batch))
+                    self._log(done, {"loss": loss, "lr": rate} | agreed)
                     note, self._logged, tick = f"loss {loss:.3f}", done, time.monotonic()
                 advance(batch, note)
                 paused = time.monotonic()

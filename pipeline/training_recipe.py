@@ -8,6 +8,7 @@ from torch import nn
 
 import pipeline.methods  # noqa: F401  (its files register themselves)
 from pipeline import InputError
+from pipeline.checks import check
 from pipeline.consistency import Consistency
 from pipeline.methods.base import Method
 from pipeline.methods.simclr import SimCLR
@@ -26,20 +27,12 @@ def check_schedule(section: str, config: Any) -> None:
             f"{section}: one of epochs, steps and minutes is expected as a budget; "
             f"{' and '.join(given)} are given; set the others to null"
         )
-    if name := next((name for name, value in given.items() if value <= 0), None):
-        raise InputError(f"{section}: {name} is {given[name]}; above 0 is expected")
-    check_least(section, config, log_steps=1, batch_size=2)
+    check(section, "above 0", **given)
+    check(section, "1 or more", log_steps=config.log_steps)
+    check(section, "2 or more", batch_size=config.batch_size)
     sizes = config.resolutions
     if sizes is not None and (not sizes or min(sizes) < 8):
         raise InputError(f"{section}: resolutions are {sizes}; 8 pixels or more are expected")
-
-
-def check_least(section: str, config: Any, **least: int) -> None:
-    """Every one of these fields that is given has its least value or more."""
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise InputError(f"{section}: {name} is {value}; {low} or more is expected")
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,8 @@ class Pretrain:
         check_schedule("pretrain", self)
         if sum(view.count for view in self.views) < 2:
             raise InputError("pretrain: 2 views or more are expected of an image")
-        check_least("pretrain", self, knn_evals=0, knn_images=2, micro_batch=2)
+        check("pretrain", "0 or more", knn_evals=self.knn_evals)
+        check("pretrain", "2 or more", knn_images=self.knn_images, micro_batch=self.micro_batch)
 
 
 @dataclass(frozen=True)
@@ -177,13 +171,12 @@ class Finetune:
                     f"finetune: {name} has count {view.count} and size {view.size:g}; 1 and 1 are "
                     f"expected"
                 )
-        for name in ("fraction", "layer_decay"):
-            if not 0 < (value := getattr(self, name)) <= 1:
-                raise InputError(f"finetune: {name} is {value}; above 0, up to 1 is expected")
-        for name in ("holdout", "ema", "label_smoothing"):
-            if not 0 <= (value := getattr(self, name)) < 1:
-                raise InputError(f"finetune: {name} is {value}; from 0 to below 1 is expected")
-        least = {"blocks": 1, "evals": 0, "patience": 0, "per_class": 1, "mixup": 0, "cutmix": 0}
-        check_least("finetune", self, **least)
+        for expected, names in (
+            ("above 0, up to 1", ["fraction", "layer_decay"]),
+            ("from 0 to below 1", ["holdout", "ema", "label_smoothing"]),
+            ("1 or more", ["blocks", "per_class"]),
+            ("0 or more", ["evals", "patience", "mixup", "cutmix"]),
+        ):
+            check("finetune", expected, **{name: getattr(self, name) for name in names})
         if self.schedule == "plateau" and not self.evals:
             raise InputError("finetune: schedule 'plateau' looks at evals; 1 or more is expected")

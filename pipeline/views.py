@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pipeline import InputError
+from pipeline.checks import check
 from pipeline.view_maps import (
     Range,
     Uniforms,
@@ -102,13 +103,11 @@ class View:
     """Area of that rectangle as a fraction of the view; its aspect ratio is 0.3 to 3.3."""
 
     def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InputError(f"views: count is {self.count}; 1 or more is expected")
-        if self.size <= 0:
-            raise InputError(f"views: size is {self.size}; above 0 is expected")
+        check("views", "1 or more", count=self.count)
+        check("views", "above 0", size=self.size)
         for name, value in vars(self).items():
-            if name.endswith("_p") and not 0 <= value <= 1:
-                raise InputError(f"views: {name} is {value}; a probability from 0 to 1 is expected")
+            if name.endswith("_p"):
+                check("views", "from 0 to 1", **{name: value})
             if isinstance(value, tuple) and not value[0] <= value[1]:
                 raise InputError(f"views: {name} is {list(value)}; [low, high] is expected")
         for name in ("crop_scale", "erase_area"):

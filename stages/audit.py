@@ -6,7 +6,6 @@ runs/ENTRY/audit/{duplicates.csv, duplicates.png, labels.csv, labels.png, proven
 asked to, clean.csv: train without the doubtful labels, for `finetune.manifests`.
 """
 
-import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import InputError, audit, config, runs
+from pipeline import audit, config, runs
+from pipeline.checks import check
 from pipeline.figures import AMBER, GREEN, RED, Tile, image_rows
 from pipeline.finetuning import rows_of
 from pipeline.manifest import Contest, Manifest, load_contest, write_manifest
 from pipeline.neighbours import search
 from pipeline.recipe import Recipe
+from pipeline.tables import write_table
 
 _SHOWN, _AROUND = 12, 8  # rows and neighbors of a picture
 
@@ -36,10 +37,9 @@ class Options:
 
 def run(recipe: Recipe, cosine: float = 0.98, write_clean: bool = False) -> None:
     """Audit every split that is embedded."""
-    if not 0 < cosine <= 1:
-        raise InputError(f"audit: cosine is {cosine}; above 0, up to 1 is expected")
+    check("audit", "above 0, up to 1", cosine=cosine)
     contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
-    folder, out = runs.finished(entry / "embeddings", "make embed"), entry / "audit"
+    folder, out = contest.finished(entry / "embeddings", "make embed"), entry / "audit"
     splits = [split for split in contest.splits if (folder / f"{split}.npy").is_file()]
     images = Manifest.concatenate([contest.manifest(split).usable() for split in splits])
     inputs = [contest.folder / "contest.json", *(folder / f"{split}.npy" for split in splits)]
@@ -125,11 +125,11 @@ def _tile(
 
 def _table(path: Path, names: Sequence[str], *columns: Iterable[Any]) -> None:
     """A CSV file of columns as long as each other."""
-    with runs.replacing(path) as aside, aside.open("w", newline="") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow(names)
-        for row in zip(*columns, strict=True):
-            writer.writerow([f"{v:.4f}" if isinstance(v, np.floating) else v for v in row])
+    rows = (
+        [f"{v:.4f}" if isinstance(v, np.floating) else v for v in row]
+        for row in zip(*columns, strict=True)
+    )
+    write_table(path, names, rows)
 
 
 def main() -> None:

@@ -70,14 +70,16 @@ def pseudo(entrant: Entrant) -> bool:
     return "pseudo" in entrant.recipe.finetune.manifests
 
 
-def forget_rounds(folder: Path) -> None:
-    """Remove the pseudo-labels of an unfinished run, and what was trained on them: a later
-    fine-tuning would have labeled them anew.
+def forget_rounds(contest: Path, folder: Path) -> None:
+    """Remove the pseudo-labels of an unfinished run, and every fine-tuning but the one that is next
+    without them: a later one would have labeled them anew, others are of another time.
     """
     for file in folder.glob("pseudo-*"):
         file.unlink()
-    for tuned in runs.finetune_folders(folder)[1:]:
-        shutil.rmtree(tuned)
+    first = f"finetune-{runs.label_rounds(contest, folder)}"
+    for tuned in runs.finetune_folders(folder):
+        if tuned.name != first:
+            shutil.rmtree(tuned)
 
 
 def run_one(encoder: str | None, entrant: Entrant, seed: int) -> None:
@@ -95,16 +97,23 @@ def run_one(encoder: str | None, entrant: Entrant, seed: int) -> None:
         entrant.call("pretrain", seed)
         if embeds:
             entrant.call("embed", seed)
-    forget_rounds(folder)
+    forget_rounds(entrant.contest.folder, folder)
     for stage in ["finetune", *(["pseudo_label", "finetune"] if pseudo(entrant) else [])]:
         entrant.call(stage, seed)
     found = comparison.entry_outcome(folder, encoder is None)
     entrant.keep(seed, {"entry": entrant.entry(seed), "seed": seed} | found)
 
 
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"--peer: {command!r} is no command ({error})") from None
+
+
 def run_peer(command: str, seed: int, file: Path) -> None:
     """Run a peer, and record what its last line says; InputError where it fails or says nothing."""
-    words = [*shlex.split(command), "--seed", str(seed)]
+    words = [*_words(command), "--seed", str(seed)]
     runs.say(f"\n$ {shlex.join(words)}")
     began = time.monotonic()
     try:
@@ -125,6 +134,7 @@ def run(a: Namespace, command: str) -> None:
     """Every recipe and peer with every seed, and the table as it grows."""
     all_of = [read(file, a.base, a.encoder, a.minutes, a.records) for file in a.recipes]
     comparison.of_one_contest([e.contest.name for e in all_of])
+    _words(a.peer)
     target = "compare-finetunings" if a.encoder else "compare-entries"
     digest = hashlib.sha256(a.peer.encode()).hexdigest()[:8]
     peers = [a.records / f"peer-{digest}-s{seed}.json" for seed in range(a.seeds)]

@@ -69,7 +69,7 @@ class Cells:
         """The requests that were not made yet, with their true labels."""
         candidates: Candidates | None = None
         c, contest = self.recipe.label_request, load_contest(self.recipe.data.contest)
-        embeddings = runs.finished(self.folder.with_name("embeddings"), "make embed")
+        embeddings = contest.finished(self.folder.with_name("embeddings"), "make embed")
         logits = self.folder / f"{FLOOR}-s{seed}" / "logits" / "unlabeled.npy"
         inputs = [logits, *(embeddings / f"{split}.npy" for split in ("unlabeled", "train"))]
         asked = {"label_request": {"budget": c.budget, "near_duplicate": c.near_duplicate}}
@@ -96,6 +96,8 @@ def run(argv: list[str], seeds: int, names: str) -> None:
     kinds, contest, entry = _kinds(names), load_contest(recipe.data.contest), recipe.entry
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}; 1 or more is expected")
+    if "val" not in contest.splits:
+        raise InputError(f"contest {contest.name!r} has no val to compare on")
     if not contest.rehearsal:
         raise InputError(f"{contest.name} is no rehearsal; true labels are known only there")
     truth = true_labels(contest)

@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -101,10 +100,6 @@ def _random_encoder(
     return x, labels[rows]
 
 
-def _knn(known: tuple[Any, Any], queries: tuple[Any, Any]) -> float:
-    return knn_accuracy(*known, *queries, 20)
-
-
 def _make_contest(a: Namespace, name: str) -> Path:
     for parent in ("data_manifests", "data", "runs", "submissions", "rehearsals"):
         for folder in (name, f"{name}-scratch"):
@@ -123,7 +118,9 @@ def run(a: Namespace, options: list[str]) -> dict[str, float]:
     """Every stage, in order; the scores."""
     name = f"demo-{Path(a.source).resolve().name}" if a.source else "demo"
     name = re.sub(r"[^\w.-]", "-", name)
-    config.parse("", argv=["--recipe", str(RECIPE), *options])  # before the last demo is removed
+    recipe, _, _ = config.parse("", argv=["--recipe", str(RECIPE), *options])
+    if 20 not in recipe.evaluate.k:  # before the last demo is removed
+        raise InputError(f"demo: evaluate.k is {recipe.evaluate.k}; 20 among them is expected")
     root, scores = _make_contest(a, name), dict[str, float]()
     oracle = root.with_name(f"{name}.oracle.pt")
     demo = Demo(name, RECIPE, ["--data.rehearsal", "true", *options])
@@ -131,9 +128,9 @@ def run(a: Namespace, options: list[str]) -> dict[str, float]:
     contest = load_contest(name)
     budget = len(contest.usable("train")) // 2
     demo.options += ["--label_request.budget", str(budget)]
-    scores["raw_pixel_knn"] = _knn(_pixels(contest, "train"), _pixels(contest, "val"))
-    split = [_random_encoder(demo, contest, s) for s in ("train", "val")]
-    scores["random_encoder_knn"] = _knn(*split)
+    scores["raw_pixel_knn"] = knn_accuracy(*_pixels(contest, "train"), *_pixels(contest, "val"), 20)
+    known, queries = (_random_encoder(demo, contest, s) for s in ("train", "val"))
+    scores["random_encoder_knn"] = knn_accuracy(*known, *queries, 20)
     scores["from_scratch"] = demo.top1(
         demo.call(finetune, *SCRATCH.split(), entry=f"{name}-scratch")
     )
@@ -180,7 +177,6 @@ def main() -> None:
         print(f"{WORDS[key]:50} {score:5.1f}")
     minutes = round((time.monotonic() - began) / 60, 2)
     print(json.dumps({k: round(v, 2) for k, v in scores.items()} | {"minutes": minutes}))
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ runs/ENTRY/embeddings/SPLIT.npy, float32 [images, d] of unit length (rows of ski
 zero).
 """
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import config, runs
@@ -18,18 +17,10 @@ from pipeline.manifest import load_contest
 from pipeline.recipe import Recipe
 
 
-@dataclass(frozen=True)
-class Options:
-    force: bool = field(
-        default=False, metadata={"help": "Embed anew even where nothing has changed."}
-    )
-
-
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Embed the splits, unless the finished embeddings of these weights are there."""
     contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
-    finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
-    weights = finished.with_name("encoder.safetensors")
+    weights = contest.finished(entry / "pretrain", "make pretrain") / "encoder.safetensors"
     inputs = [contest.folder / "contest.json", weights]
     decides = plain | {"evaluate": {k: plain["evaluate"][k] for k in ("resolution", "unlabeled")}}
     facts = runs.Run.of(entry / "embeddings", decides, ("evaluate",), inputs)
@@ -54,7 +45,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
 
 
 def main() -> None:
-    recipe, options, plain = config.parse(__doc__, Options)
+    recipe, options, plain = config.parse(__doc__, config.Force)
     run(recipe, plain, options.force)
 
 

@@ -6,7 +6,6 @@ Reads runs/ENTRY/embeddings/SPLIT.npy and the labels of train and val; writes ru
 """
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +21,14 @@ from pipeline.neighbours import search
 from pipeline.recipe import Recipe
 
 _ROWS = 10  # of the picture
+_BLOCK = 1 << 16  # embeddings that are in memory at a time
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Options:
-    force: bool = field(
-        default=False, metadata={"help": "Evaluate anew even where nothing has changed."}
-    )
 
 
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
     """Evaluate the embeddings, unless that was done; the scores are in scores.json."""
     contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
-    folder = runs.finished(entry / "embeddings", "make embed")
+    folder = contest.finished(entry / "embeddings", "make embed")
     splits = contest.splits_with(unlabeled=recipe.evaluate.unlabeled)
     files = {split: runs.require(folder / f"{split}.npy", "make embed") for split in splits}
     inputs = [contest.folder / "contest.json", *files.values()]
@@ -95,6 +88,22 @@ def _print(scores: dict[str, dict[int, float]], heading: str, notes: list[str]) 
         runs.say(note)
 
 
+def _nearest(
+    queries: Floats, embeddings: dict[str, Floats], gallery: Manifest, k: int
+) -> tuple[Floats, npt.NDArray[np.int64]]:
+    """Similarities and rows of `gallery` [q, k] of the nearest, with few embeddings in memory."""
+    found = []
+    for start in range(0, len(gallery), _BLOCK):
+        block = gallery.take(np.arange(start, min(start + _BLOCK, len(gallery))))
+        for split in np.unique(block.split):
+            of = np.flatnonzero(block.split == split)
+            values, rows = search(queries, embeddings[str(split)][block.index[of]], k)
+            found.append((values, start + of[rows]))
+    values, rows = (np.concatenate(part, axis=1) for part in zip(*found, strict=True))
+    best = np.argsort(-values, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(values, best, 1), np.take_along_axis(rows, best, 1)
+
+
 def _draw(
     path: Path, contest: Contest, embeddings: dict[str, Floats], asked: Manifest, recipe: Recipe
 ) -> None:
@@ -104,9 +113,8 @@ def _draw(
     splits = [s for s in ("train", "unlabeled") if s in embeddings]
     parts = [contest.manifest(s).usable() for s in splits]
     gallery = Manifest.concatenate(parts)
-    x = np.concatenate([embeddings[s][m.index] for s, m in zip(splits, parts, strict=True)])
-    similarities, near = search(embeddings[split][asked.index], x, shown + 1)
-    names = contest.class_names or [str(k) for k in range(contest.classes)]
+    similarities, near = _nearest(embeddings[split][asked.index], embeddings, gallery, shown + 1)
+    names = contest.names
     pixels = {s: contest.packed(s) for s in {split, *splits}}
     rows = []
     for n, label, around, values in zip(asked.index, asked.label, near, similarities, strict=True):
@@ -125,7 +133,7 @@ def _draw(
 
 
 def main() -> None:
-    recipe, options, plain = config.parse(__doc__, Options)
+    recipe, options, plain = config.parse(__doc__, config.Force)
     run(recipe, plain, options.force)
 
 

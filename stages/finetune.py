@@ -3,18 +3,18 @@
 python -m stages.finetune --recipe recipes/demo.yaml
 Reads the pretrained encoder, data/CONTEST/SPLIT.npy and the label manifests (train.csv,
 requested-*.csv, the newest pseudo-K.csv); writes runs/ENTRY/finetune-K/{classifier.safetensors,
-logits/SPLIT.npy, trained_on.csv, holdout.csv, report.txt, confusion.png, history.json,
-provenance.json}.  The round K is the number of label files beyond train.
+logits/SPLIT.npy, trained_on.csv, holdout.csv, report.txt, confusion.png, plan.json,
+history.json, tensorboard/, provenance.json}.  Round K is the number of label files beyond train.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import InputError, config, runs
-from pipeline.classifiers import Classifier, build_head, freeze, probe, save_classifier
+from pipeline.checkpoint import save_tensors
+from pipeline.classifiers import Classifier, build_head, freeze, probe
 from pipeline.distributed import barrier
 from pipeline.draws import learned_labels, training_set
 from pipeline.encoders import features
@@ -29,13 +29,6 @@ from pipeline.manifest import (
 )
 from pipeline.plan import minutes_of
 from pipeline.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Options:
-    force: bool = field(
-        default=False, metadata={"help": "Start anew even where nothing has changed."}
-    )
 
 
 def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
@@ -95,8 +88,8 @@ def run(
     folder = folder or runs.finetune_folder(name, round_)
     inputs, pretrained = [contest.folder / "contest.json", *files], None
     if c.init == "pretrained":
-        finished = runs.require(entry / "pretrain" / "provenance.json", "make pretrain")
-        pretrained = finished.with_name("encoder.safetensors")
+        made = contest.finished(entry / "pretrain", "make pretrain")
+        pretrained = made / "encoder.safetensors"
         inputs.append(pretrained)
         learned = learned_labels(entry)
     elif c.init == "outside" and c.weights is not None and Path(c.weights).is_file():
@@ -146,7 +139,7 @@ def run(
         file, k = folder / "logits" / f"{split}.npy", contest.classes
         predict_split(final, contest, split, file, k, size, exact=exact)
     if accelerator.is_main_process:
-        save_classifier(folder / "classifier.safetensors", final, metadata)
+        save_tensors(folder / "classifier.safetensors", final.state_dict(), metadata)
         write_manifest(folder / "trained_on.csv", train, PSEUDO_LABELS)
         write_manifest(folder / "holdout.csv", held, PSEUDO_LABELS)
         runs.write_json(folder / "history.json", history)
@@ -162,7 +155,7 @@ def run(
 
 
 def main() -> None:
-    recipe, options, plain = config.parse(__doc__, Options)
+    recipe, options, plain = config.parse(__doc__, config.Force)
     run(recipe, plain, options.force)
 
 

@@ -106,7 +106,7 @@ def _read_export(
     Says what is missing and what annotators disagree on.  Raises InputError where there is no
     label at all, or where an earlier answer has another one.
     """
-    names = label_studio.class_names(contest)
+    names = contest.names
     export = label_studio.read_export(answer, request, indices, names)
     known = np.full(len(indices), -1, np.int64)
     for file, manifest in earlier.items():

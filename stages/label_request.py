@@ -27,10 +27,7 @@ Format = Literal["contest", "label-studio"]
 
 
 @dataclass(frozen=True)
-class Options:
-    force: bool = field(
-        default=False, metadata={"help": "Choose anew even where nothing has changed."}
-    )
+class Options(config.Force):
     alone: bool = field(
         default=False, metadata={"help": "Do not see what other strategies would ask for."}
     )
@@ -51,7 +48,7 @@ def run(
     c, contest = recipe.label_request, load_contest(recipe.data.contest)
     entry, manifests = runs.entry_folder(recipe.entry), contest.folder
     strategy, answered = c.strategy(), runs.numbered(manifests, "requested")
-    folder = runs.finished(entry / "embeddings", "make embed")
+    folder = contest.finished(entry / "embeddings", "make embed")
     needed = strategy.uses_logits or bool(c.voters)
     logits = _logits(contest, [entry.name, *c.voters], needed)
     files = [runs.require(folder / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]

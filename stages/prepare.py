@@ -20,8 +20,7 @@ from pipeline.recipe import Data, Recipe
 
 
 @dataclass(frozen=True)
-class Options:
-    force: bool = field(default=False, metadata={"help": "Run even where nothing has changed."})
+class Options(config.Force):
     skip_bad: bool = field(default=False, metadata={"help": "Go on without images that are bad."})
 
 

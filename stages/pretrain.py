@@ -24,10 +24,7 @@ from pipeline.supervision import SupervisedContrast
 
 
 @dataclass(frozen=True)
-class Options:
-    force: bool = field(
-        default=False, metadata={"help": "Start anew even where nothing has changed."}
-    )
+class Options(config.Force):
     plan_only: bool = field(
         default=False, metadata={"help": "Write plan.json, which fixes the steps, and stop."}
     )

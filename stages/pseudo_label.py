@@ -6,7 +6,6 @@ runs/ENTRY/embeddings; writes runs/ENTRY/pseudo-K.{csv, png, json}, the JSON las
 pseudo-rounds.{csv, png}.  With several rounds the classifier is fine-tuned between two of them.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,6 @@ from pipeline.metrics import predictions
 from pipeline.pseudo_labels import apply, summary
 from pipeline.recipe import Recipe
 from stages import finetune
-
-
-@dataclass(frozen=True)
-class Options:
-    force: bool = field(
-        default=False, metadata={"help": "Label anew even where nothing has changed."}
-    )
 
 
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
@@ -92,12 +84,12 @@ def _requested(recipe: Recipe, contest: Contest) -> list[Path]:
 
 def _facts(contest: Contest, entry: Path, recipe: Recipe, plain: dict[str, Any]) -> dict[str, Any]:
     """What decides the pseudo-labels of now."""
-    latest = runs.finished(runs.latest_finetune(entry.name), "make finetune")
+    latest = contest.finished(runs.latest_finetune(entry.name), "make finetune")
     inputs = [contest.folder / "contest.json", *_requested(recipe, contest)]
     inputs += [latest / name for name in ("logits/unlabeled.npy", "trained_on.csv", "holdout.csv")]
     inputs = [runs.require(file, "make finetune") for file in inputs]
     if recipe.pseudo_label.predictor().space == "embeddings":
-        folder = runs.finished(entry / "embeddings", "make embed")
+        folder = contest.finished(entry / "embeddings", "make embed")
         inputs += [runs.require(folder / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
     return runs.Run.of(entry, plain, ("pseudo_label",), inputs).facts
 
@@ -128,7 +120,7 @@ def _label(
     found = summary(predicted, labels, right, contest.classes) | {"temperature": temperature}
     found |= {"changed": new, "true_precision": labeling.true_precision(contest, manifest)}
     said = labeling.in_words(found, what)
-    names = contest.class_names or [str(k) for k in range(contest.classes)]
+    names = contest.names
     per_class = [np.array(found[f"{kind}_per_class"]) for kind in ("predicted", "labeled")]
     of_apart, confidences = predictions(evidence.logits[len(images) :])
     hits, picture = of_apart == apart.label, out.with_suffix(".png")
@@ -148,7 +140,7 @@ def _next(entry: Path, latest: Path) -> Path:
 
 
 def main() -> None:
-    recipe, options, plain = config.parse(__doc__, Options)
+    recipe, options, plain = config.parse(__doc__, config.Force)
     run(recipe, plain, options.force)
 
 

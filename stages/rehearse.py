@@ -44,7 +44,8 @@ def answer(a: Namespace) -> None:
     oracle = load_torch(a.oracle)
     if not isinstance(oracle, torch.Tensor) or oracle.dtype != torch.int64 or oracle.ndim != 1:
         raise InputError(f"{a.oracle}: one int64 label for each unlabeled image is expected")
-    index = organizers.read_request(runs.require(a.request, "make label-request").read_text())
+    text = runs.require(a.request, "make label-request").read_text("utf-8", errors="replace")
+    index = organizers.read_request(text)
     labels = organizers.answer(index, oracle.numpy(), a.budget)
     save_torch(a.out, torch.from_numpy(labels))
     runs.say(f"{a.budget} labels in {a.out}")

@@ -6,7 +6,6 @@ submissions/ENTRY/{submission.py, model.pth, predictions.csv, card.json}, the ca
 """
 
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,13 +14,6 @@ from pipeline import InputError, config, ensembles, runs, submission
 from pipeline.checkpoint import load_tensors
 from pipeline.manifest import Contest, load_contest
 from pipeline.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Options:
-    force: bool = field(
-        default=False, metadata={"help": "Write it anew even where nothing has changed."}
-    )
 
 
 def _made_with(plain: dict[str, Any], entry: str, tuned: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +49,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     contest, entry = load_contest(recipe.data.contest), recipe.entry
     k = recipe.submit.round
     finetune = runs.latest_finetune(entry) if k is None else runs.finetune_folder(entry, k)
-    weights = runs.finished(finetune, "make finetune") / submission.WEIGHTS
+    weights = contest.finished(finetune, "make finetune") / submission.WEIGHTS
     others = [ensembles.member_folder(contest, name) for name in recipe.submit.members]
     tuned = runs.read_json(finetune / "provenance.json", "make finetune")
     made, folder = _made_with(plain, entry, tuned), runs.submission_folder(entry)
@@ -76,7 +68,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         runs.say(f"submitting {finetune}; {unfinished} is newer, but unfinished")
     folder.parent.mkdir(exist_ok=True)
     for left in folder.parent.glob(f".{entry}.*"):  # by a run that was killed
-        shutil.rmtree(left, ignore_errors=True)
+        if "." not in left.name.removeprefix(f".{entry}."):  # another entry's may have a dot more
+            shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(prefix=f".{entry}.", dir=folder.parent) as temporary:
         aside = Path(temporary)
         submission.write_program(aside, choice, contest.size, recipe.submit)
@@ -114,7 +107,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
 
 
 def main() -> None:
-    recipe, options, plain = config.parse(__doc__, Options)
+    recipe, options, plain = config.parse(__doc__, config.Force)
     run(recipe, plain, options.force)
 
 

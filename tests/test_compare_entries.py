@@ -131,6 +131,17 @@ def test_recipes_over_a_base_start_from_its_encoder(
     assert runs.numbered(folder, "pseudo") == [folder / "pseudo-1.csv"]
     assert set(rows()) == {"plain-from-base", "pseudo-from-base"}
 
+    # an answer to another entry came meanwhile: round 0 is another, and of no other time
+    Path("docs/entries/plain-from-base-s0.json").unlink()
+    answer = Path("data_manifests/tiny/requested-1.csv")
+    answer.write_text("split,index,label\nunlabeled,3,1\n")
+    compare(*argv)
+    left = runs.finetune_folders(Path("runs/plain-from-base-s0"))
+    assert [folder.name for folder in left] == ["finetune-1"]
+    minutes = results("plain-from-base-s0/finetune-1")["minutes"]
+    assert record("plain-from-base-s0")["minutes_of_finetuning"] == minutes
+    answer.unlink()
+
     # another encoder: what was recorded is of the old one
     weights.write_bytes(before + b" ")
     monkeypatch.setattr(entrants, "call", lambda stage, words: 1)
@@ -168,6 +179,12 @@ def test_minutes_are_those_of_the_base_and_others_keep_their_part() -> None:
     assert [minutes(name, base) for name in files] == [2, 1]
     with pytest.raises(InputError, match=r"^--minutes: finetune.minutes is expected in --base"):
         minutes("own", Path("base.yaml"))
+
+
+def test_a_peer_that_is_no_command_is_told_before_any_training(calls: list[Call]) -> None:
+    with pytest.raises(InputError, match=r"^--peer: .* is no command \(No closing quotation\)$"):
+        compare("scratch.yaml", "--peer", "python 'x")
+    assert not calls
 
 
 @pytest.mark.parametrize(

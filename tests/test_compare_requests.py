@@ -1,5 +1,6 @@
 """The comparison of label requests: each cell once, with its controls, and what the table says."""
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -120,10 +121,17 @@ def test_mistakes_are_told(here: Path) -> None:
         compare(0)
     with pytest.raises(InputError, match="there is no strategy Best; Random, EnergyStrata, KMeans"):
         compare(names="Best")
+    facts = Path("data_manifests/tiny/contest.json")
+    text = facts.read_text()
+    without = json.loads(text)
+    del without["splits"]["val"]
+    facts.write_text(json.dumps(without))
+    with pytest.raises(InputError, match=r"^contest 'tiny' has no val to compare on$"):
+        compare()
+    facts.write_text(text)
     here.with_name("given.oracle.pt").unlink()
     with pytest.raises(InputError, match=r"given.oracle.pt is not there; the rehearsal's true"):
         compare()
-    facts = Path("data_manifests/tiny/contest.json")
-    facts.write_text(facts.read_text().replace('"rehearsal": true', '"rehearsal": false'))
+    facts.write_text(text.replace('"rehearsal": true', '"rehearsal": false'))
     with pytest.raises(InputError, match="tiny is no rehearsal; true labels are known only there"):
         compare()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.batch_norm import ReducedBatchNorm, synchronize_batch_norm
+from pipeline.batches import slice_of
+from pipeline.consistency import FixMatch, FreeMatch
 from pipeline.distributed import gather
 from pipeline.gradient_cache import backward_in_parts
 
@@ -46,13 +48,43 @@ def train(variant: str, rank: int, ranks: int, micro: int | None) -> dict[str, T
     return last | {"losses": torch.stack(losses)}
 
 
+class Guesses(nn.Module):
+    """A linear classifier whose strong views agree with its weak ones."""
+
+    def __init__(self, kind: type[FixMatch] | type[FreeMatch]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.loss = nn.Linear(5, 4), kind(aligned=True, momentum=0.5)
+        self.loss.begin(torch.full((4,), 0.25))
+
+    def forward(self, weak: Tensor, strong: Tensor) -> Tensor:
+        return self.loss(self.linear(weak), self.linear(strong))  # type: ignore[no-any-return]
+
+
+def agree(kind: type[FixMatch] | type[FreeMatch], rank: int, ranks: int) -> dict[str, Tensor]:
+    """Weights and running means after some steps of SGD in float64."""
+    module = Guesses(kind).double()
+    if kind is FreeMatch:
+        module.loss.fairness = 1.0
+    wrapped: nn.Module = DistributedDataParallel(module) if ranks > 1 else module
+    optimizer = torch.optim.SGD(module.parameters(), 1.0)
+    generator, mine = torch.Generator().manual_seed(1), slice_of(BATCH, rank, ranks)
+    for _ in range(STEPS):
+        views = 3 * torch.randn(2, BATCH, 5, dtype=torch.float64, generator=generator)
+        wrapped(*views[:, mine]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {k: v for k, v in module.state_dict().items() if k != "loss.used"}
+
+
 def train_all(rank: int, ranks: int) -> dict[str, dict[str, Tensor]]:
-    """Every variant, with the whole batch at once and in micro-batches."""
-    return {
+    """Every variant, with the whole batch at once and in micro-batches; consistency losses."""
+    found = {
         f"{variant}, micro_batch {micro}": train(variant, rank, ranks, micro)
         for variant in VARIANTS
         for micro in (None, 8)
     }
+    return found | {kind.__name__: agree(kind, rank, ranks) for kind in (FixMatch, FreeMatch)}
 
 
 def worker(rank: int, ranks: int, port: int, file: Path) -> None:
@@ -80,7 +112,7 @@ def test_processes_equal_one_process(
     ranks: int, tmp_path: Path, of_one_process: dict[str, dict[str, Tensor]]
 ) -> None:
     """Losses, every gradient, the batch-norm statistics and the queues, for every method; MoCo's
-    batch norm is over the same groups everywhere.
+    batch norm is over the same groups everywhere.  Consistency losses, too.
     """
     mp.spawn(worker, (ranks, free_port(), tmp_path / "out"), ranks)
     for rank in range(ranks):
@@ -189,6 +221,24 @@ def test_processes_agree_on_when_to_save_and_plan(tiny_contest: Path, run_stage)
     options = ["--pretrain.steps", "40", "--pretrain.log_steps", "3", "--pretrain.batch_size", "16"]
     by_torchrun(run_stage, "--entry", "two", *options, "--pretrain.checkpoint_minutes", "0.002")
     assert load_torch(Path("runs/two/pretrain/checkpoint.pt"))["step"] == 40
+
+
+@pytest.mark.dist
+def test_a_signal_between_two_log_lines_is_heard_by_all(tiny_contest: Path, run_stage) -> None:  # type: ignore[no-untyped-def]
+    """A launcher kills its processes half a minute after a signal, whatever log_steps is."""
+    from pipeline.checkpoint import load_torch
+
+    options = [*STAGE, "--pretrain.log_steps=100000", "--pretrain.steps=100000"]
+    launch = [*TORCHRUN, "--master_port", str(free_port()), "-m", "stages.pretrain"]
+    process = run_stage(launch, "--entry=heard", *options, wait=False)
+    while not Path("runs/heard/pretrain/plan.json").is_file():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    time.sleep(3)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    step = load_torch(Path("runs/heard/pretrain/checkpoint.pt"))["step"]
+    assert f"stopped after step {step:,}; the same command goes on" in out
 
 
 @pytest.mark.dist

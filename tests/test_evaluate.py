@@ -10,10 +10,14 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from pipeline import InputError
-from stages import evaluate
+from pipeline.manifest import Manifest
+from pipeline.neighbours import search
+from pipeline.runs import sha256
+from stages import audit, evaluate, label_request
 from tests.fake_run import (
     COUNTS,
     label,
+    parsed,
     start,
     write_run,
 )
@@ -68,6 +72,35 @@ def test_evaluate_without_val_holds_out_a_part_of_train(
     assert found["queries"] == "the images held out of train"
     assert (found["images"], found["labeled"]) == (4, 16)
     assert not any("rehearsal" in note for note in found["notes"])
+
+
+def test_the_nearest_of_several_splits_are_those_of_one_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rng = np.random.default_rng(0)
+    sizes = {"a": 9, "b": 40}
+    embeddings = {s: rng.standard_normal((n, 5)).astype(np.float32) for s, n in sizes.items()}
+    gallery = Manifest.concatenate(
+        [Manifest.of(s, rng.permutation(len(x))[: len(x) - 2]) for s, x in embeddings.items()]
+    )
+    queries = rng.standard_normal((6, 5)).astype(np.float32)
+    x = np.stack([embeddings[s][k] for s, k in zip(gallery.split, gallery.index, strict=True)])
+    monkeypatch.setattr(evaluate, "_BLOCK", 5)  # blocks of less than k, and one of both splits
+    found, expected = evaluate._nearest(queries, embeddings, gallery, 7), search(queries, x, 7)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_embeddings_of_another_contest_are_refused(here: Path) -> None:
+    recipe, _, plain = parsed()
+    made = Path("runs/entry/embeddings/provenance.json")
+    other = Path("data_manifests/other.json")
+    other.write_text("{}")
+    made.write_text(json.dumps({"inputs": {str(other): sha256(other)}}))
+    for stage in (evaluate, label_request, audit):
+        argv = () if stage is audit else (plain,)
+        with pytest.raises(InputError, match=r"embeddings is of another contest than small, or of"):
+            stage.run(recipe, *argv)
 
 
 def test_evaluate_needs_embeddings(here: Path) -> None:

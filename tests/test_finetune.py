@@ -1,5 +1,6 @@
 """The fine-tuning stage: rounds, what is trained, what is chosen by, what is kept."""
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pipeline.manifest import Manifest, load_contest, read_manifest, write_manif
 from pipeline.runs import read_json
 from pipeline.trainer import Trainer
 from pipeline.views import WHOLE, Views, uniforms
-from stages import finetune, pretrain
+from stages import embed, finetune, pretrain
 
 from .conftest import TINY
 
@@ -166,7 +167,7 @@ def test_val_may_not_be_chosen_by_in_a_rehearsal(pretrained: Path) -> None:
     with pytest.raises(InputError, match="in a rehearsal val stands for the secret test"):
         run("--finetune.monitor=val")
     with pytest.raises(InputError, match="labels of val are among the manifests"):
-        run("--finetune.manifests=[train,data_manifests/tiny/val.csv]")
+        run("--finetune.manifests=[train,data_manifests/tiny/val.csv]", "--finetune.init=scratch")
     file.write_text(file.read_text().replace('"rehearsal": true', '"rehearsal": false'))
     with pytest.raises(InputError, match="in a rehearsal val stands"):  # the recipe says so, too
         run("--finetune.monitor=val", "--data.rehearsal=true")
@@ -198,6 +199,37 @@ def test_an_unfinished_pretraining_is_not_started_from(pretrained: Path) -> None
     Path("runs/f/pretrain/provenance.json").unlink()
     with pytest.raises(InputError, match="`make pretrain` makes it"):
         run()
+
+
+@pytest.mark.parametrize("stage", [embed, finetune])
+def test_a_pretraining_on_other_images_is_not_started_from(pretrained: Path, stage: Any) -> None:
+    """Nor one of another contest: what it saw, or learned the labels of, may be val by now."""
+    recipe, _, plain = config.parse("", argv=[*TINY, *OPTIONS, "--entry=f"])
+    facts = Path("data_manifests/tiny/contest.json")
+    shutil.copytree(facts.parent, "data_manifests/other")
+    facts.write_text(facts.read_text() + "\n")
+    with pytest.raises(InputError, match=r"pretrain was made from another .*`make pretrain` makes"):
+        stage.run(recipe, plain)
+    facts.write_text(facts.read_text()[:-1])
+    recipe, _, plain = config.parse("", argv=[*TINY, *OPTIONS, "--entry=f", "--data.contest=other"])
+    shutil.copytree("data/tiny", "data/other")
+    with pytest.raises(InputError, match=r"^runs/f/pretrain is of another contest than other, or"):
+        stage.run(recipe, plain)
+
+
+def test_no_array_of_an_earlier_run_is_left(pretrained: Path) -> None:
+    """They are not those of the newest weights, where this run does not write them."""
+    recipe, _, plain = config.parse("", argv=[*TINY, *OPTIONS, "--entry=f"])
+    embed.run(recipe, plain)
+    folder = run("--finetune.steps=2")
+    files = [Path("runs/f/embeddings/unlabeled.npy"), folder / "logits" / "unlabeled.npy"]
+    assert all(file.is_file() for file in files)
+    words = ["--evaluate.unlabeled=false", "--evaluate.resolution=24", "--entry=f"]
+    recipe, _, plain = config.parse("", argv=[*TINY, *OPTIONS, *words])
+    embed.run(recipe, plain)
+    run("--finetune.steps=3", "--finetune.unlabeled=false")
+    assert not any(file.is_file() for file in files)
+    assert all(file.with_name("train.npy").is_file() for file in files)
 
 
 def test_files_that_people_put_aside_are_no_rounds(pretrained: Path) -> None:
@@ -362,27 +394,22 @@ def test_a_resumed_round_is_bit_identical(
 
 
 def test_all_that_regularizes_goes_together(pretrained: Path) -> None:
-    """Layer-wise rates, both mixes, balance and weights; made anew, it ends the same."""
+    """Layer-wise rates, both mixes, balance and weights change what is learned."""
     write_more()
     whole = load_tensors(run(*MIXED) / "classifier.safetensors")[0]
     plain = load_tensors(run(*MIXED[:2], force=True) / "classifier.safetensors")[0]
     assert not torch.equal(whole["head.weight"], plain["head.weight"])
-    again = load_tensors(run(*MIXED, force=True) / "classifier.safetensors")[0]
-    for name, value in whole.items():
-        assert torch.equal(value, again[name]), name
 
 
 @pytest.mark.parametrize("kind", ["FixMatch", "FreeMatch"])
 def test_unlabeled_images_are_learned_from(pretrained: Path, kind: str) -> None:
-    """Its log tells how many are sure enough; made anew, it ends the same."""
+    """Its log tells how many are sure enough."""
     options = [f"--finetune.consistency={kind}", "--finetune.consistency.ratio=2"]
     options += ["--finetune.view.crop_scale=[0.6,1.0]", "--finetune.log_steps=5"]
     folder = run(*options)
     history = read_json(folder / "history.json", "")
     assert all(0 <= point["used"] <= 100 for point in history if "loss" in point)
     first = load_tensors(folder / "classifier.safetensors")[0]
-    again = load_tensors(run(*options, force=True) / "classifier.safetensors")[0]
-    assert all(torch.equal(value, again[name]) for name, value in first.items())
     plain = load_tensors(run(*options[2:], force=True) / "classifier.safetensors")[0]
     assert not torch.equal(first["head.weight"], plain["head.weight"])
     assert set(plain) == set(first)  # no state of the consistency is in what is kept

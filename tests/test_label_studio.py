@@ -123,7 +123,7 @@ def test_classes_without_names_are_numbers(asked: Path) -> None:
     file = MADE / "contest.json"
     facts = json.loads(file.read_text())
     file.write_text(json.dumps(facts | {"class_names": None}))
-    assert label_studio.class_names(load_contest("small")) == ["0", "1", "2", "3"]
+    assert load_contest("small").names == ["0", "1", "2", "3"]
     manifest = read_manifest(imported([task(9, "3"), task(2, "0")]))
     assert manifest.label.tolist() == [0, 3]
 

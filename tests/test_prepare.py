@@ -511,6 +511,21 @@ def test_a_disk_that_fills_up_is_one_line(root: Path, monkeypatch: pytest.Monkey
     assert refusal(root) == "the packed images cannot be written: No space left on device"
 
 
+def test_what_a_disk_takes_in_parts_is_written_whole(root: Path, monkeypatch: pytest.MonkeyPatch):
+    whole, write = {}, os.pwrite
+    for part in (1 << 30, 1000):
+        monkeypatch.setattr(os, "pwrite", lambda fd, x, at, n=part: write(fd, x[:n], at))
+        run(root, force=True)
+        whole[part] = Path("data/tiny/unlabeled.npy").read_bytes()
+    assert whole[1 << 30] == whole[1000]
+
+
+def test_a_contest_may_be_the_current_folder(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir("given")
+    run(root, "--data.root", ".")
+    assert facts()["splits"]["train"]["images"] > 0
+
+
 def test_a_decoder_that_dies_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(packed, "decode", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     message = refusal(root)

@@ -240,7 +240,7 @@ def test_a_resolution_that_leaves_nothing_is_refused(tiny_contest: Path) -> None
         (["--pretrain.views=[{count: x}]"], "pretrain.views.count is x; a whole number is expec"),
         (["--finetune.consistency=Mix"], "finetune.consistency is Mix; FixMatch or FreeMatch is"),
         (["--pretrain.optimizer.momentum=1"], "optimizer: momentum is 1.0; from 0 to below 1 is"),
-        (["--pretrain.optimizer.betas=[0.9,1]"], "optimizer: betas is 0.9, 1.0; from 0 to below"),
+        (["--pretrain.optimizer.betas=[0.9,1]"], "optimizer: betas is 1.0; from 0 to below"),
         (["--pretrain.optimizer.lr_batch=0"], "optimizer: lr_batch is 0; above 0 is expected"),
         (["--pretrain.optimizer.weight_decay=-1"], "optimizer: weight_decay is -1.0; 0 or more"),
         (
@@ -279,6 +279,14 @@ def test_another_recipe_keeps_the_old_checkpoint(
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4")
     assert "as this changed: pretrain.steps 3 → 4; the old check" in capsys.readouterr().out
     assert (folder / "checkpoint-1.pt").read_bytes() == old
+    newer = (folder / "checkpoint.pt").read_bytes()
+    run(*OPTIONS, "--entry=k", "--pretrain.steps=5")
+    assert (folder / "checkpoint-2.pt").read_bytes() == newer
+    (folder / "checkpoint-1.pt").unlink()
+    run(*OPTIONS, "--entry=k", "--pretrain.steps=4")
+    assert (folder / "checkpoint-2.pt").read_bytes() == newer
+    assert (folder / "checkpoint-3.pt").is_file()
+    capsys.readouterr()
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4", force=True)
     assert "going on from" not in capsys.readouterr().out
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4", "--pretrain.checkpoint_minutes=9")

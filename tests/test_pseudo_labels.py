@@ -110,8 +110,8 @@ def test_a_balanced_top_fraction_takes_as_many_of_each_class() -> None:
     ("make", "message"),
     [
         (lambda: Threshold(1.5), "Threshold: confidence is 1.5; from 0 to 1 is expected"),
-        (lambda: TopFraction(0), "TopFraction: fraction is 0; above 0 to 1 is expected"),
-        (lambda: TopFraction(1.1), "TopFraction: fraction is 1.1; above 0 to 1 is expected"),
+        (lambda: TopFraction(0), "TopFraction: fraction is 0; above 0, up to 1 is expected"),
+        (lambda: TopFraction(1.1), "TopFraction: fraction is 1.1; above 0, up to 1 is expected"),
     ],
 )
 def test_an_impossible_rule_is_refused(make, message: str) -> None:

@@ -121,6 +121,29 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", 0], "make: size is 0; 8 or more is expected"),
+        (["--per-class", -5], "make: per_class is -5; 1 or more is expected"),
+        (["--val-per-class", 0], "make: val_per_class is 0; 1 or more is expected"),
+        (["--out", "file"], "file is no folder; another name is expected"),
+    ],
+)
+def test_a_contest_of_no_shape_is_refused(images: Path, words: list[object], message: str) -> None:
+    Path("file").write_text("")
+    with pytest.raises(InputError, match=f"^{message}$"):
+        make("--source", images, "--out", "mine", *words)
+
+
+def test_a_request_that_is_no_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.zeros(4, dtype=torch.int64), "oracle.pt")
+    arguments = rehearse.parse(["answer", "oracle.pt", "oracle.pt", "1", "out.pt"])
+    with pytest.raises(InputError, match=r"^refused: row 1 is "):
+        arguments.run(arguments)
+
+
 def test_a_contest_with_nothing_unlabeled_is_refused(images: Path) -> None:
     with pytest.raises(
         InputError, match="unlabeled would be empty: 1000 images of each class go to"

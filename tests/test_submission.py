@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from pipeline import InputError, config, ensembles, runs, submission
+from pipeline.checkpoint import save_tensors
 from pipeline.classifiers import (
     Classifier,
     build_head,
     load_classifier,
     probe,
-    save_classifier,
 )
 from pipeline.encoders import build_encoder
 from pipeline.ensembles import Choice, cross_fitted, mixture_weights
@@ -38,7 +38,7 @@ ARGV = ["--entry=tried", "--data.contest=tiny", "--finetune.init=scratch"]
 
 
 def parsed(*argv: str) -> tuple[Recipe, dict[str, Any]]:
-    recipe, _, plain = config.parse(submit.__doc__, submit.Options, [*ARGV, *argv])
+    recipe, _, plain = config.parse(submit.__doc__, config.Force, [*ARGV, *argv])
     return recipe, plain
 
 
@@ -67,7 +67,7 @@ def finetuned(
     for split in contest.splits:
         file = folder / "logits" / f"{split}.npy"
         predict_split(classifier, contest, split, file, 4, resolution, exact=True)
-    save_classifier(folder / "classifier.safetensors", classifier, metadata)
+    save_tensors(folder / "classifier.safetensors", classifier.state_dict(), metadata)
     write_manifest(folder / "trained_on.csv", labels.take(np.arange(70)))
     write_manifest(folder / "holdout.csv", labels.take(np.arange(70, 80)))
     facts.finish(round=0, val_top1=own_accuracy(contest, folder))
@@ -179,11 +179,12 @@ def test_a_mismatch_is_refused_and_the_old_submission_kept() -> None:
 def test_what_a_killed_run_left_is_cleared_and_an_unfinished_round_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    left = Path("submissions/.tried.killed")
+    left, other = Path("submissions/.tried.killed"), Path("submissions/.tried.2.running")
     left.mkdir(parents=True)
+    other.mkdir()
     (runs.entry_folder("tried") / "finetune-7").mkdir()
     folder = submit.run(*parsed())
-    assert list(Path("submissions").iterdir()) == [folder]
+    assert {*Path("submissions").iterdir()} == {folder, other}  # of the entry tried.2
     assert "finetune-7 is newer, but unfinished" in capsys.readouterr().out
 
 

@@ -229,7 +229,7 @@ def test_distribution_on_real_images_is_torchvisions(real_images: np.ndarray) ->
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"flip_p": 1.5}, "views: flip_p is 1.5; a probability from 0 to 1 is expected"),
+        ({"flip_p": 1.5}, "views: flip_p is 1.5; from 0 to 1 is expected"),
         ({"hue": (0.3, 0.1)}, "views: hue is [0.3, 0.1]; [low, high] is expected"),
         (
             {"crop_scale": (0.0, 1.0)},

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pipeline.checks import check
 from pipeline.distributed import all_reduce, rank, world_size
 from pipeline.encoders import features
-from pipeline.methods.base import Method, check_above, mlp
+from pipeline.methods.base import Method, mlp
 
 BLOCK = 1024  # rows of the cross-correlation that are in memory at a time
 EPSILON = 1e-5  # added to the variance, as by batch norm
@@ -42,12 +43,11 @@ class _Redundancy(torch.autograd.Function):
                 part = slice(start, start + block)
                 x = (projections[i, :, part] - mean[i, :, part]) * scale[i, :, part]  # [n, block]
                 c = (x.T @ projections[j]).mul_(scale[j] / n)  # x has mean 0: the other's is gone
-                diagonal = c.diagonal(start)
+                diagonal = c.diagonal(start).clone()
                 loss += off_diagonal * (c.square().sum() - diagonal.square().sum())
                 loss += (diagonal - 1).square().sum()
-                own = 2 * (diagonal - 1)
                 c *= 2 * off_diagonal
-                c.diagonal(start).copy_(own)
+                c.diagonal(start).copy_(2 * (diagonal - 1))
                 grad[j].addmm_(x, c, alpha=1 / n)
                 c *= scale[j] / n
                 grad[i, :, part] += projections[j] @ c.T - mean[j] @ c.T
@@ -82,16 +82,16 @@ class BarlowTwins(Method):
 
         Args:
             encoder: maps [b, 3, s, s] to [b, features(encoder)].
-            off_diagonal: λ of equation 1, found in the paper's section 4 and the authors' code.
+            off_diagonal: λ of equation 1, as in the paper's section 4 and the authors' code.
             hidden: width of the head's hidden layers.
             output: width of the projections.
             depth: linear layers of the head.
         """
         super().__init__()
-        check_above(self, off_diagonal=off_diagonal, hidden=hidden, output=output, depth=depth)
+        check("BarlowTwins", "above 0", off_diagonal=off_diagonal)
+        check("BarlowTwins", "1 or more", hidden=hidden, output=output, depth=depth)
         self.encoder, self.off_diagonal = encoder, off_diagonal
-        widths = [features(encoder), *[hidden] * (depth - 1), output]
-        self.projector = mlp(widths, last_bias=False)
+        self.projector = mlp([features(encoder), *[hidden] * (depth - 1), output], last_bias=False)
 
     def project(self, views: list[Tensor]) -> Tensor:
         return torch.stack([self.projector(self.encoder(view)) for view in views])

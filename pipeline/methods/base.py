@@ -6,7 +6,6 @@ from itertools import groupby, pairwise
 import torch
 from torch import Tensor, nn
 
-from pipeline import InputError
 from pipeline.collapse import signs_of
 from pipeline.distributed import gather
 
@@ -139,18 +138,3 @@ def mlp(
         layers += [nn.BatchNorm1d(outputs)] if normed else []
         layers += [activation(inplace=True)] if k < last else []
     return nn.Sequential(*layers)
-
-
-def check_above(method: nn.Module, low: float = 0, **values: float) -> None:
-    """Raise InputError, naming method and argument, where a value is not above `low`."""
-    for name, value in values.items():
-        if value <= low:
-            least = f"{low + 1} or more" if isinstance(value, int) else f"above {low}"
-            raise InputError(f"{type(method).__name__}: {name} is {value}; {least} is expected")
-
-
-def check_fraction(method: nn.Module, **values: float) -> None:
-    """Raise InputError, naming method and argument, where a value is not from 0 to 1."""
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise InputError(f"{type(method).__name__}: {name} is {value}; from 0 to 1 is expected")

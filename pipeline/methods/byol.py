@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pipeline.checks import check
 from pipeline.encoders import features
 from pipeline.memory import follow, rising
-from pipeline.methods.base import Method, check_above, check_fraction, mlp
+from pipeline.methods.base import Method, mlp
 
 
 def regression(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -46,8 +47,8 @@ class BYOL(Method):
             predictor: without it the method collapses; an ablation.
         """
         super().__init__()
-        check_fraction(self, momentum=momentum, final_momentum=final_momentum)
-        check_above(self, hidden=hidden, output=output)
+        check("BYOL", "from 0 to 1", momentum=momentum, final_momentum=final_momentum)
+        check("BYOL", "1 or more", hidden=hidden, output=output)
         self.encoder, self.momentum = encoder, (momentum, final_momentum)
         self.projector = mlp([features(encoder), hidden, output])
         self.predictor = mlp([output, hidden, output]) if predictor else nn.Identity()

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.batch_norm import SplitBatchNorm, groups, split_batch_norm
+from pipeline.checks import check
 from pipeline.contrastive import info_nce
 from pipeline.encoders import features
 from pipeline.memory import Queue, follow, rising
-from pipeline.methods.base import Method, check_above, check_fraction, mlp
+from pipeline.methods.base import Method, mlp
 
 
 class MoCo(Method):
@@ -44,10 +45,11 @@ class MoCo(Method):
             output: width of the projections.
         """
         super().__init__()
-        check_above(self, temperature=temperature, queue=queue, output=output)
+        check("MoCo", "above 0", temperature=temperature)
+        check("MoCo", "1 or more", queue=queue, output=output)
         self.momentum = momentum, momentum if final_momentum is None else final_momentum
-        check_fraction(self, momentum=momentum, final_momentum=self.momentum[1])
-        check_above(self, -1, bn_group=bn_group, hidden=hidden)
+        check("MoCo", "from 0 to 1", momentum=momentum, final_momentum=self.momentum[1])
+        check("MoCo", "0 or more", bn_group=bn_group, hidden=hidden)
         self.temperature = temperature
         self.queried, self.keyed = ((0, 1), (0, 1)) if symmetric else ((0,), (1,))
         self.encoder = split_batch_norm(encoder, bn_group) if bn_group else encoder

@@ -6,8 +6,9 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
 from pipeline.assignments import assignment_entropy, uniform_prior_loss
+from pipeline.checks import check
 from pipeline.encoders import features
-from pipeline.methods.base import Method, check_above, mlp
+from pipeline.methods.base import Method, mlp
 
 
 class SelfClassifier(Method):
@@ -38,9 +39,10 @@ class SelfClassifier(Method):
         """
         super().__init__()
         classes = [1000, 2000, 4000, 8000] if classes is None else classes
-        check_above(self, row_temperature=row_temperature, column_temperature=column_temperature)
-        check_above(self, 1, classes=min(classes, default=0))
-        check_above(self, hidden=hidden, output=output, depth=depth)
+        check("SelfClassifier", "above 0", row_temperature=row_temperature)
+        check("SelfClassifier", "above 0", column_temperature=column_temperature)
+        check("SelfClassifier", "2 or more", classes=min(classes, default=0))
+        check("SelfClassifier", "1 or more", hidden=hidden, output=output, depth=depth)
         self.encoder, self.row, self.column = encoder, row_temperature, column_temperature
         widths = [features(encoder), *[hidden] * (depth - 1), output]
         self.projector = mlp(widths, norm=norm, activation=nn.LeakyReLU)

@@ -6,9 +6,10 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from pipeline.checks import check
 from pipeline.contrastive import nt_xent
 from pipeline.encoders import features
-from pipeline.methods.base import Method, check_above, mlp
+from pipeline.methods.base import Method, mlp
 
 
 class SimCLR(Method):
@@ -34,8 +35,9 @@ class SimCLR(Method):
             decoupled: leave the positives out of the denominator (DCL, arXiv 2110.06848).
         """
         super().__init__()
-        check_above(self, temperature=temperature, depth=depth, output=output)
-        check_above(self, -1, hidden=hidden)
+        check("SimCLR", "above 0", temperature=temperature)
+        check("SimCLR", "1 or more", depth=depth, output=output)
+        check("SimCLR", "0 or more", hidden=hidden)
         self.encoder, self.temperature = encoder, temperature
         self.cosine, self.decoupled = similarity == "cosine", decoupled
         width = features(encoder)

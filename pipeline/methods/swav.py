@@ -5,10 +5,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.assignments import assignment_entropy, sinkhorn
+from pipeline.checks import check
 from pipeline.contrastive import sum_by_parts
 from pipeline.encoders import features
 from pipeline.memory import Queue
-from pipeline.methods.base import Method, check_above, check_fraction, mlp
+from pipeline.methods.base import Method, mlp
 
 
 class SwAV(Method):
@@ -42,10 +43,11 @@ class SwAV(Method):
             output: width of the projections.
         """
         super().__init__()
-        check_above(self, temperature=temperature, epsilon=epsilon, iterations=iterations)
-        check_above(self, 1, prototypes=prototypes, hidden=hidden, output=output)
-        check_above(self, -1, queue=queue)
-        check_fraction(self, freeze=freeze, queue_start=queue_start)
+        check("SwAV", "above 0", temperature=temperature, epsilon=epsilon)
+        check("SwAV", "1 or more", iterations=iterations)
+        check("SwAV", "2 or more", prototypes=prototypes, hidden=hidden, output=output)
+        check("SwAV", "0 or more", queue=queue)
+        check("SwAV", "from 0 to 1", freeze=freeze, queue_start=queue_start)
         self.encoder, self.temperature, self.freeze = encoder, temperature, freeze
         self.epsilon, self.iterations, self.queue_start = epsilon, iterations, queue_start
         self.projector = mlp([features(encoder), hidden, output])
