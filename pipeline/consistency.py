@@ -120,7 +120,7 @@ class FreeMatch(Consistency):
         everywhere, new = gather(p), 1 - self.momentum
         self.level.lerp_(everywhere.amax(1).mean(), new)
         self.mean.lerp_(everywhere.mean(0), new)
-        self.histogram.lerp_(_histogram(everywhere.argmax(1), p.shape[1]), new)
+        self.histogram.lerp_(_histogram(everywhere.argmax(1), p.shape[1]).to(p), new)
         sure, label = p.max(1)
         bars = self.level * self.mean / self.mean.max()  # of each class
         mask = (sure >= bars[label]).to(strong.dtype)
