@@ -44,7 +44,8 @@ class Shape:
     size: int = 96
 
     def __post_init__(self) -> None:
-        check("make", "1 or more", per_class=self.per_class, val_per_class=self.val_per_class)
+        check("make", "1 or more", per_class=self.per_class)
+        check("make", "0 or more", val_per_class=self.val_per_class)
         check("make", "0 or more", max_unlabeled_per_class=self.max_unlabeled_per_class)
         check("make", "8 or more", size=self.size)
 

@@ -58,7 +58,7 @@ def finetune_folder(entry: str, round_: int) -> Path:
 
 def finetune_folders(entry: Path) -> list[Path]:
     """The finetune-K of an entry, finished or not, in the order of K."""
-    return _in_order(entry, "finetune")
+    return numbered(entry, "finetune", "")
 
 
 def latest_finetune(entry: str) -> Path:
@@ -77,13 +77,9 @@ def unfinished_after(finetune: Path) -> Path | None:
 
 
 def numbered(folder: Path, kind: str, suffix: str = ".csv") -> list[Path]:
-    """folder/KIND-K.csv, in the order of K."""
-    return _in_order(folder, kind, suffix)
-
-
-def _in_order(folder: Path, kind: str, suffix: str = "") -> list[Path]:
-    """folder/KIND-K, in the order of K; what people put beside them is left."""
-    names = {p: re.fullmatch(rf"{kind}-([0-9]+){suffix}", p.name) for p in folder.glob("*-*")}
+    """folder/KIND-K.csv, in the order of K; what people put beside them is left."""
+    form = re.compile(rf"{kind}-([0-9]+){re.escape(suffix)}")
+    names = {p: form.fullmatch(p.name) for p in folder.glob("*-*")}
     numbers = {path: int(name[1]) for path, name in names.items() if name}
     return sorted(numbers, key=lambda path: numbers[path])
 

@@ -88,8 +88,7 @@ def run(
     folder = folder or runs.finetune_folder(name, round_)
     inputs, pretrained = [contest.folder / "contest.json", *files], None
     if c.init == "pretrained":
-        made = contest.finished(entry / "pretrain", "make pretrain")
-        pretrained = made / "encoder.safetensors"
+        pretrained = contest.finished(entry / "pretrain", "make pretrain") / "encoder.safetensors"
         inputs.append(pretrained)
         learned = learned_labels(entry)
     elif c.init == "outside" and c.weights is not None and Path(c.weights).is_file():

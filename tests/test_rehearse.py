@@ -126,7 +126,7 @@ print(json.dumps(results))
     [
         (["--size", 0], "make: size is 0; 8 or more is expected"),
         (["--per-class", -5], "make: per_class is -5; 1 or more is expected"),
-        (["--val-per-class", 0], "make: val_per_class is 0; 1 or more is expected"),
+        (["--val-per-class", -1], "make: val_per_class is -1; 0 or more is expected"),
         (["--out", "file"], "file is no folder; another name is expected"),
     ],
 )
