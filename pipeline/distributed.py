@@ -21,6 +21,14 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """End the group of processes, if there is one: a thread of it that is left at the interpreter's
+    end can abort the process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import InputError
-from pipeline.distributed import barrier, rank
+from pipeline.distributed import barrier, leave, rank
 
 _KEPT = (".csv", ".npy", ".png", ".safetensors", ".txt")  # what a finished folder goes on having
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
@@ -285,6 +285,10 @@ def stage(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        leave()
+    except SystemExit:  # all were told to stop
+        leave()
+        raise
     except InputError as error:
         sys.exit(f"error: {error}")
     except OSError as error:

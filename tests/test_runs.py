@@ -4,10 +4,12 @@ import errno
 import os
 import subprocess
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from pipeline import InputError, runs
 from stages import demo
@@ -35,6 +37,19 @@ def test_what_is_no_mistake_keeps_its_traceback() -> None:
     with pytest.raises(SystemExit) as end:
         runs.stage(raising(InputError("a.csv: row 3 is x; y is expected")))
     assert end.value.code == "error: a.csv: row 3 is x; y is expected"
+
+
+@pytest.mark.parametrize("end", [None, SystemExit(143)])
+def test_a_stage_leaves_its_group_of_processes(end: SystemExit | None) -> None:
+    """Also where it was told to stop; a thread of the group could abort the process otherwise."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        with nullcontext() if end is None else pytest.raises(SystemExit):
+            runs.stage(raising(end) if end else lambda: None)
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def test_room_is_looked_for_before_writing(tmp_path: Path) -> None:
