@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pipeline import InputError, runs
 from pipeline.batch_norm import synchronize_batch_norm
+from pipeline.checkpoint import load_tensors
 from pipeline.classifiers import Classifier, Supervised, rates
 from pipeline.consistency import SemiSupervised
 from pipeline.draws import balanced
@@ -35,8 +36,17 @@ def initial_encoder(recipe: "Recipe", pretrained: Path | None) -> tuple[nn.Modul
     """The encoder with the weights to start from, and how it is built."""
     c, spec = recipe.finetune, asdict(recipe.encoder)
     torch.manual_seed(recipe.seed)
-    encoder = encoder_for(spec, pretrained)
-    if c.init == "outside":
+    if pretrained is not None:
+        tensors, meta = load_tensors(pretrained)
+        if wrong := runs.differences(meta["encoder"], spec, "encoder"):
+            raise InputError(
+                f"{pretrained} holds another encoder than the recipe names: {', '.join(wrong)}; "
+                f"that of the pretraining is expected, or a pretraining of this one"
+            )
+    encoder = encoder_for(spec)
+    if pretrained is not None:
+        encoder.load_state_dict(tensors)
+    elif c.init == "outside":
         runs.say(
             f"transfer learning from {c.weights}: a comparison, not allowed in a contest entry"
         )

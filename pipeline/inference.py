@@ -11,34 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline import InputError, runs
+from pipeline import InputError
 from pipeline.batches import prefetch, slice_of
-from pipeline.checkpoint import load_tensors
 from pipeline.distributed import barrier, rank, world_size
 from pipeline.encoders import build_encoder, features
 from pipeline.manifest import Contest
 from pipeline.packed import Pool, write_rows
 from pipeline.progress import progress
+from pipeline.runs import check_room
 from pipeline.views import WHOLE, Views, matmul_dtype, uniforms
 
 
-def encoder_for(spec: Mapping[str, Any], pretrained: Path | None = None) -> nn.Module:
-    """The encoder of a recipe's section (name, stem, options), with the weights of a pretraining
-    where one is given; InputError where there is none, or it is of another encoder.
-    """
-    encoder = _encoder_of(spec)
-    if pretrained is not None:
-        tensors, meta = load_tensors(pretrained)
-        if wrong := runs.differences(meta["encoder"], dict(spec), "encoder"):
-            raise InputError(
-                f"{pretrained} holds another encoder than the recipe names: {', '.join(wrong)}; "
-                f"that of the pretraining is expected, or a pretraining of this one"
-            )
-        encoder.load_state_dict(tensors)
-    return encoder
-
-
-def _encoder_of(spec: Mapping[str, Any]) -> nn.Module:
+def encoder_for(spec: Mapping[str, Any]) -> nn.Module:
+    """The encoder of a recipe's section (name, stem, options); InputError where there is none."""
     if spec["options"].get("features_only"):
         raise InputError("encoder.options has features_only; an encoder of one output is expected")
     try:
@@ -163,7 +148,7 @@ def predict_split(
     if rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         shape = (contest.splits[split]["images"], outputs)
-        runs.check_room(file.parent, 4 * shape[0] * shape[1], f"{file.name} [{shape[0]:,}, {outputs}]")
+        check_room(file.parent, 4 * shape[0] * shape[1], f"{file.name} [{shape[0]:,}, {outputs}]")
         np.lib.format.open_memmap(aside, "w+", np.float32, shape)
     barrier()
     rows = contest.usable(split)

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,16 +11,16 @@ from accelerate import Accelerator
 from pipeline import InputError, runs
 from pipeline.batch_norm import synchronize_batch_norm
 from pipeline.collapse import judge, judge_views
-from pipeline.draws import choose_labels, learned_labels
+from pipeline.draws import choose_labels
 from pipeline.encoders import features
 from pipeline.feed import Feed
 from pipeline.inference import check_size, encoder_for, predict
-from pipeline.manifest import Contest, Manifest
+from pipeline.manifest import Contest
 from pipeline.methods.base import Method
 from pipeline.metrics import knn_accuracy
 from pipeline.optim import build_optimizer, schedule
 from pipeline.packed import Pool
-from pipeline.supervision import join
+from pipeline.supervision import SupervisedContrast, join
 from pipeline.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -45,37 +44,13 @@ def check_inputs(recipe: "Recipe", contest: Contest) -> Pool:
     return pool
 
 
-def initial_weights(recipe: "Recipe", contest: Contest) -> list[Path]:
-    """The file of the pretraining to begin at; none where the recipe begins at random.  InputError
-    where it is this entry's own, is not finished, or is of another contest.
-    """
-    if (name := recipe.pretrain.init) is None:
-        return []
-    if name == recipe.entry:
-        raise InputError(f"pretrain: init is {name!r}, this entry itself; another one is expected")
-    made_by = f"make pretrain RECIPE=… ARGS='--entry {name}'"
-    folder = contest.finished(runs.entry_folder(name) / "pretrain", made_by)
-    return [folder / "encoder.safetensors"]
-
-
-def learned(recipe: "Recipe", contest: Contest) -> Manifest:
-    """The images whose labels the encoder learns from, or learned where it begins."""
-    c, parts = recipe.pretrain, list[Manifest]()
-    if c.supervision is not None:
-        parts.append(c.supervision().learned(contest))
-    if c.init is not None:
-        earlier = learned_labels(runs.entry_folder(c.init))
-        parts.append(earlier.take(~earlier.among(parts[0])) if parts else earlier)
-    return Manifest.concatenate([Manifest.of("", []), *parts])
-
-
 def pretrainer(
     recipe: "Recipe", contest: Contest, pool: Pool, accelerator: Accelerator, facts: runs.Run
 ) -> Trainer:
     """A trainer of the recipe's method, as `module`, on the images of `pool`."""
     c = recipe.pretrain
     torch.manual_seed(recipe.seed)
-    encoder = encoder_for(asdict(recipe.encoder), *initial_weights(recipe, contest))
+    encoder = encoder_for(asdict(recipe.encoder))
     for size in {view.pixels(r) for r in c.resolutions for view in c.views}:
         check_size(encoder, size)
     method = c.method(encoder)
@@ -146,7 +121,7 @@ def _stop_or_say(on_collapse: str, wrong: str | None) -> None:
 
 def _knn(recipe: "Recipe", contest: Contest, method: Method) -> tuple[Any, int]:
     """kNN accuracy (cosine, majority) of half of some labeled training images on the other half,
-    and how many are asked about; with supervision of those whose labels are not learned, on the
+    and how many are asked about; with supervision of those whose labels it does not use, on the
     others; None where either is empty.  20 images vote, or as many as there are of a class: if all
     did, they would say the same of every image.
     """
@@ -157,9 +132,9 @@ def _knn(recipe: "Recipe", contest: Contest, method: Method) -> tuple[Any, int]:
     rows = known[choose_labels(labels[known], share, None, recipe.seed)]
     rows = np.random.default_rng(recipe.seed).permutation(rows)
     half = len(rows) // 2
-    if len(known := learned(recipe, contest)):
-        is_known = Manifest.of("train", rows).among(known)
-        rows, half = np.concatenate([rows[is_known], rows[~is_known]]), int(is_known.sum())
+    if isinstance(method.supervision, SupervisedContrast):
+        learned = np.isin(rows, method.supervision.learned(contest).index)
+        rows, half = np.concatenate([rows[learned], rows[~learned]]), int(learned.sum())
     if not 0 < half < len(rows):
         return None, 0
     pool = Pool([(contest.packed("train"), rows)])

@@ -37,8 +37,6 @@ def check_schedule(section: str, config: Any) -> None:
 
 @dataclass(frozen=True)
 class Pretrain:
-    init: str | None = None
-    """Entry whose pretrained encoder to begin at, as to join labels to it; null begins at random."""
     method: Callable[[nn.Module], Method] = SimCLR
     """The method, a class of pipeline/methods, with its arguments."""
     splits: list[str] = field(default_factory=lambda: ["unlabeled", "train"])

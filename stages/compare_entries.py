@@ -43,21 +43,14 @@ def read(
     over = f"{base.stem}-{file.stem}" if base else file.stem
     name = f"{file.stem}-from-{encoder}" if encoder else over
     words = [word for f in (base, file) if f for word in ("--recipe", str(f))]
-    recipe, _, plain = config.parse("", argv=words)
-    before, _, unchanged = config.parse("", argv=words[:2])
-    continues = encoder is not None and plain["pretrain"] != unchanged["pretrain"]
-    if continues:
-        words += ["--pretrain.init", str(encoder)]
+    recipe, _, _ = config.parse("", argv=words)
     if minutes is not None:
-        whole = base and before.finetune.minutes
-        parts = {"finetune": recipe.finetune.minutes}
-        parts |= {"pretrain": recipe.pretrain.minutes} if continues else {}
-        if not whole or not all(parts.values()):
+        whole = base and config.parse("", argv=["--recipe", str(base)])[0].finetune.minutes
+        if not whole or not recipe.finetune.minutes:
             raise InputError(
                 f"--minutes: finetune.minutes is expected in --base, and kept or changed in {file}"
             )
-        for section, part in parts.items():
-            words += [f"--{section}.minutes", f"{minutes * part / whole:g}"]
+        words += ["--finetune.minutes", f"{minutes * recipe.finetune.minutes / whole:g}"]
     # labels that other entries of the contest asked for are no part of the comparison
     named = [m for m in recipe.finetune.manifests if m != "requested"]
     words += ["--finetune.manifests", f"[{', '.join(named)}]"]
@@ -69,8 +62,7 @@ def read(
     weights = runs.entry_folder(encoder) / "pretrain" / "encoder.safetensors"
     made_by = f"make pretrain RECIPE={base or file} ARGS='--entry {encoder}'"
     files.append(runs.require(weights, made_by))
-    sections = ("encoder", "pretrain", *AFTER) if continues else ("encoder", *AFTER)
-    return Entrant.read(name, words, sections, records, files)
+    return Entrant.read(name, words, ("encoder", *AFTER), records, files)
 
 
 def pseudo(entrant: Entrant) -> bool:
@@ -94,23 +86,21 @@ def run_one(encoder: str | None, entrant: Entrant, seed: int) -> None:
     """Every stage that the entry needs, in order, and the record of what they wrote."""
     folder = runs.entry_folder(entrant.entry(seed))
     embeds = pseudo(entrant) and entrant.recipe.pseudo_label.predictor().space == "embeddings"
-    pretrains = encoder is None or entrant.recipe.pretrain.init == encoder
-    for link in (folder / "pretrain", folder / "embeddings"):
-        if link.is_symlink():
-            link.unlink()  # may be another entry's
-        if not pretrains:
-            if link.exists():
+    if encoder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for link in (folder / "pretrain", folder / "embeddings"):
+            if link.exists() and not link.is_symlink():
                 raise InputError(f"{link} is there already; no entry of that name is expected")
-            folder.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(Path("..") / str(encoder) / link.name)
-    if pretrains and entrant.recipe.finetune.init == "pretrained":
+            link.unlink(missing_ok=True)  # may be another entry's
+            link.symlink_to(Path("..") / encoder / link.name)
+    elif entrant.recipe.finetune.init == "pretrained":
         entrant.call("pretrain", seed)
         if embeds:
             entrant.call("embed", seed)
     forget_rounds(entrant.contest.folder, folder)
     for stage in ["finetune", *(["pseudo_label", "finetune"] if pseudo(entrant) else [])]:
         entrant.call(stage, seed)
-    found = comparison.entry_outcome(folder, pretrains)
+    found = comparison.entry_outcome(folder, encoder is None)
     entrant.keep(seed, {"entry": entrant.entry(seed), "seed": seed} | found)
 
 

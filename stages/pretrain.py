@@ -18,8 +18,9 @@ from pipeline.figures import curve
 from pipeline.machine import make_accelerator, peak_memory
 from pipeline.manifest import load_contest, write_manifest
 from pipeline.plan import minutes_of
-from pipeline.pretraining import check_inputs, initial_weights, learned, pretrainer
+from pipeline.pretraining import check_inputs, pretrainer
 from pipeline.recipe import Recipe
+from pipeline.supervision import SupervisedContrast
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ def run(
     """Pretrain as `recipe` says, unless its finished result is there; `plan_only` makes no step."""
     c, contest = recipe.pretrain, load_contest(recipe.data.contest)
     folder = runs.entry_folder(recipe.entry) / "pretrain"
-    inputs = [contest.folder / "contest.json", *initial_weights(recipe, contest)]
-    facts = runs.Run.of(folder, plain, ("encoder", "pretrain"), inputs)
+    facts = runs.Run.of(folder, plain, ("encoder", "pretrain"), [contest.folder / "contest.json"])
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return
@@ -65,8 +65,8 @@ def run(
         save_tensors(folder / "encoder.safetensors", weights, metadata)
         runs.write_json(folder / "history.json", history)
         (folder / "trained_on.csv").unlink(missing_ok=True)
-        if len(known := learned(recipe, contest)):
-            write_manifest(folder / "trained_on.csv", known)
+        if isinstance(supervision := trainer.module.supervision, SupervisedContrast):
+            write_manifest(folder / "trained_on.csv", supervision.learned(contest))
         drawn = ("step", "loss", "knn")  # the other signs are in TensorBoard
         points = [{k: h[k] for k in drawn if k in h} for h in history]
         curve(folder / "curve.png", points, "pretraining")

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from pipeline import InputError, entrants, runs
-from pipeline.recipe import Recipe
 from stages import compare_entries
 
 BASE = """
@@ -150,28 +149,6 @@ def test_recipes_over_a_base_start_from_its_encoder(
         compare(*argv)
 
 
-def test_a_recipe_that_changes_pretraining_goes_on_from_the_encoder(calls: list[Call]) -> None:
-    joined = "pretrain: {steps: 2, supervision: SupervisedContrast}"
-    Path("joined.yaml").write_text(joined)
-    entrants.call("pretrain", ["--recipe", "base.yaml", "--entry", "base"])
-    weights = Path("runs/base/pretrain/encoder.safetensors")
-    before = weights.read_bytes()
-    old = Path("runs/joined-from-base-s0")
-    old.mkdir()
-    (old / "pretrain").symlink_to("../base/pretrain")  # as a recipe that did not change it would
-    calls.clear()
-    argv = ["plain.yaml", "joined.yaml", "--base", "base.yaml", "--encoder", "base"]
-    compare(*argv, "--seeds", "1")
-    entry = "joined-from-base-s0"
-    tuned = ("finetune", "plain-from-base-s0")
-    assert calls == [tuned, ("pretrain", entry), ("finetune", entry)]
-    made = runs.read_json(old / "pretrain/provenance.json", "")
-    assert made["inputs"][str(weights)] == runs.sha256(weights)
-    assert weights.read_bytes() == before
-    assert record(entry)["minutes_of_pretraining"] == made["results"]["minutes"]
-    assert "minutes_of_pretraining" not in record("plain-from-base-s0")
-
-
 def test_answers_to_other_entries_take_no_part_and_named_files_count(calls: list[Call]) -> None:
     file, more = Path("asks.yaml"), Path("more.csv")
     file.write_text(BASE.replace("manifests: [train]", "manifests: [train, requested, more.csv]"))
@@ -195,23 +172,11 @@ def test_minutes_are_those_of_the_base_and_others_keep_their_part() -> None:
     for name, changed in files.items():
         Path(f"{name}.yaml").write_text(f"finetune: {changed}")
 
-    def read(name: str, over: Path, encoder: str | None = None) -> Recipe:
-        file, records = Path(f"{name}.yaml"), Path("docs/entries")
-        return compare_entries.read(file, over, encoder, 2.0, records).recipe
-
     def minutes(name: str, over: Path) -> float | None:
-        return read(name, over).finetune.minutes
+        read = compare_entries.read(Path(f"{name}.yaml"), over, None, 2.0, Path("docs/entries"))
+        return read.recipe.finetune.minutes
 
     assert [minutes(name, base) for name in files] == [2, 1]
-    Path("joined.yaml").write_text(
-        "{pretrain: {steps: null, minutes: 10}, finetune: {minutes: 5}}"
-    )
-    weights = Path("runs/base/pretrain/encoder.safetensors")
-    weights.parent.mkdir(parents=True)
-    weights.touch()
-    joined = read("joined", base, "base")
-    assert joined.pretrain.init == "base"
-    assert [round(6 * m) for m in (joined.pretrain.minutes, joined.finetune.minutes)] == [8, 4]
     with pytest.raises(InputError, match=r"^--minutes: finetune.minutes is expected in --base"):
         minutes("own", Path("base.yaml"))
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline import InputError, config
-from pipeline.checkpoint import load_tensors
 from pipeline.gradient_cache import backward_in_parts
 from pipeline.manifest import load_contest, read_manifest
 from pipeline.runs import read_json
@@ -204,46 +203,3 @@ def test_labels_need_train(tiny_contest: Path) -> None:
     recipe, _, plain = config.parse("", argv=[*TINY, *options])
     with pytest.raises(InputError, match="supervision is given, but train is not among"):
         pretrain.run(recipe, plain)
-
-
-def test_labels_are_joined_to_an_encoder_that_learned_without(tiny_contest: Path) -> None:
-    """It begins at the other's weights, and both recipes' labels count as learned."""
-
-    def run(entry: str, *options: str) -> Path:
-        words = ["--pretrain.steps=2", "--pretrain.batch_size=16", f"--entry={entry}", *options]
-        recipe, _, plain = config.parse("", argv=[*TINY, *words])
-        pretrain.run(recipe, plain)
-        return Path("runs") / entry / "pretrain"
-
-    def weights(folder: Path) -> dict[str, Tensor]:
-        tensors, _ = load_tensors(folder / "encoder.safetensors")
-        return {k: v for k, v in tensors.items() if "running" not in k and "num_" not in k}
-
-    joined = ["--pretrain.supervision=SupervisedContrast", "--pretrain.supervision.holdout=0.5"]
-    def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-        return all(torch.allclose(v, b[k], rtol=0, atol=1e-6) for k, v in a.items())
-
-    begins, still = ["--pretrain.init=first"], ["--pretrain.optimizer.lr=1e-9"]
-    first = weights(run("first"))
-    for options in (joined, []):
-        assert same(first, weights(run("then", *begins, *still, *options)))
-    assert not Path("runs/then/pretrain/trained_on.csv").exists()
-
-    # labels that the other encoder learned from are those of what begins there
-    learned = read_manifest(run("first", *joined) / "trained_on.csv")
-    again = run("then", *begins, *still)  # another encoder: not up to date
-    assert len(read_manifest(again / "trained_on.csv")) == len(learned) == 40
-    assert not same(first, weights(again))
-    more = [*joined[:1], "--pretrain.supervision.holdout=0.25", *begins]
-    both = read_manifest(run("then", *more) / "trained_on.csv")
-    assert len(both) == 60 and learned.among(both).all()
-    knn = read_json(Path("runs/then/pretrain/provenance.json"), "")["results"]["knn"]
-    assert knn is not None  # of what neither learned
-
-    for name, words, reason in (
-        ("then", ["--pretrain.init=then"], "^pretrain: init is 'then', this entry itself; another"),
-        ("then", ["--pretrain.init=none"], "`make pretrain RECIPE=… ARGS='--entry none'` makes it"),
-        ("then", [*begins, "--encoder.name=resnet18"], "holds another encoder than the recipe"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            run(name, *words)
