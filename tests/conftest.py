@@ -101,6 +101,31 @@ def tiny_contest(contest_folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return contest_folder
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with what prepare and embed leave (tests/fake_run.py)."""
+    from tests.fake_run import write_run
+
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    return tmp_path
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of length 1, as embeddings are, in float32."""
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
 @pytest.fixture(scope="session")
 def mini98() -> Path:
     """The archive of photographs; skips where it is absent."""

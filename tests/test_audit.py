@@ -11,11 +11,8 @@ from pipeline.audit import counts, doubtful_labels, find_copies, hashes, thumbna
 from pipeline.packed import Pool
 from pipeline.runs import read_json, sha256
 from stages import audit
-from tests.fake_run import label, parsed, write_run
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+from tests.conftest import unit
+from tests.fake_run import label, parsed
 
 
 def pictures(n: int = 40) -> np.ndarray:
@@ -80,13 +77,6 @@ def test_wrong_labels_are_found_and_mended() -> None:
     assert (found.suggested[hits] == truth[found.rows[hits]]).all()
     assert found.confidence[hits].max() < 0.5
     assert found.agreement[hits].max() < 0.2
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path)
-    return tmp_path
 
 
 def test_the_stage_shows_and_changes_nothing(

@@ -1,6 +1,5 @@
 """Files are whole or absent, and loading one runs nothing."""
 
-import os
 import pickle
 import resource
 from pathlib import Path
@@ -12,13 +11,7 @@ from pipeline import InputError
 from pipeline.checkpoint import load_tensors, load_torch, save_tensors, save_torch
 from pipeline.runs import replacing
 
-
-class Malicious:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (f"touch {self.mark}",)
+from .conftest import Malicious
 
 
 @pytest.mark.parametrize("how", ["torch", "pickle"])

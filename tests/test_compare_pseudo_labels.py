@@ -10,25 +10,21 @@ import torch
 
 from pipeline import InputError, runs
 from stages import compare_pseudo_labels
-from tests.fake_run import IN_VAL, LIKE_TRAIN, SKIPPED, TWINS, label, write_finetune, write_run
+from tests.fake_run import IN_VAL, LIKE_TRAIN, SKIPPED, TWINS, label, write_finetune
 
 ARGV = ["--data.contest", "small"]
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path)
-    made = {"asked": {"root": str(tmp_path / "small")}}
+def here(here: Path) -> Path:
+    made = {"asked": {"root": str(here / "small")}}
     Path("data/small/made_from.json").write_text(json.dumps(made))
-    torch.save(
-        torch.tensor([label("unlabeled", k) for k in range(60)]), tmp_path / "small.oracle.pt"
-    )
+    torch.save(torch.tensor([label("unlabeled", k) for k in range(60)]), "small.oracle.pt")
     for seed in range(2):
         folder = write_finetune(seed, sharp=1.0)
         Path("runs/entry/requests").mkdir(exist_ok=True)
         shutil.move(folder, f"runs/entry/requests/none-s{seed}")
-    return tmp_path
+    return here
 
 
 def test_precision_is_that_of_the_surest_images(here: Path) -> None:

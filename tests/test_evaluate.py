@@ -23,13 +23,6 @@ from tests.fake_run import (
 )
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path)
-    return tmp_path
-
-
 def scores() -> Any:
     return json.loads(Path("runs/entry/evaluate/scores.json").read_text())
 

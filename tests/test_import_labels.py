@@ -15,15 +15,7 @@ from pipeline.manifest import read_manifest
 from stages import import_labels
 from tests.fake_run import (
     parsed,
-    write_run,
 )
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path)
-    return tmp_path
 
 
 def answer(path: str, **options: Any) -> Path:

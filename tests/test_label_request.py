@@ -28,17 +28,9 @@ from tests.fake_run import (
     parsed,
     start,
     write_finetune,
-    write_run,
 )
 
 STRATEGIES = [kind.__name__ for kind in Strategy.__subclasses__()]
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path)
-    return tmp_path
 
 
 def ask(*argv: str, **options: Any) -> list[str]:

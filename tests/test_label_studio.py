@@ -24,7 +24,7 @@ from pipeline import InputError, config, label_studio, request_report
 from pipeline.manifest import load_contest, read_manifest
 from stages import import_labels, label_request
 from tests.conftest import ROOT
-from tests.fake_run import label, parsed, start, write_finetune, write_run
+from tests.fake_run import label, parsed, start, write_finetune
 
 NAMES = ["ant", "bee", "cat", "dog"]
 REQUEST = "runs/entry/label_request/request_00.csv"
@@ -34,12 +34,10 @@ MADE = Path("data_manifests/small")
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path)
+def here(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for picture in ("_contact_sheet", "_map", "_classes"):  # which test_label_request looks at
         monkeypatch.setattr(request_report, picture, lambda *_: None)
-    return tmp_path
+    return here
 
 
 @pytest.fixture

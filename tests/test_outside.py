@@ -1,6 +1,5 @@
 """Outside weights in every naming fill an encoder, and what does not fit is named."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from pipeline import InputError
 from pipeline.encoders import build_encoder
 from pipeline.outside import load_outside
+
+from .conftest import Malicious
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -162,16 +163,6 @@ def test_weights_of_another_network_are_refused_with_the_list(tmp_path: Path) ->
         load_outside(str(tmp_path / "weights.pth"), encoder)
     assert "layer1.0.conv1.weight: [64, 64, 1, 1] is given, [64, 64, 3, 3] is" in str(refusal.value)
     assert all(torch.equal(value, before[key]) for key, value in encoder.state_dict().items())
-
-
-class Malicious:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_malicious_pickle_is_refused_and_nothing_runs(donor: nn.Module, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline import InputError, config, contest_layout, duplicates, packed, runs
 from pipeline.manifest import load_contest, read_manifest
 from stages import prepare
-from tests.conftest import ROOT, make_contest_folder
+from tests.conftest import ROOT, Malicious, make_contest_folder
 
 TINY = {"unlabeled": 12, "train": 8, "val": 8}
 
@@ -282,13 +282,8 @@ def test_a_missing_or_damaged_label_file_is_reported(root: Path):
     assert lines[0] == "2 files are unusable"
 
 
-class Malicious:
-    def __reduce__(self) -> tuple:
-        return os.system, ("touch ran",)
-
-
 def test_a_malicious_label_file_is_refused_and_does_not_run(root: Path):
-    torch.save(Malicious(), root / "val_label_tensor.pt")
+    torch.save(Malicious(Path("ran").absolute()), root / "val_label_tensor.pt")
     lines = refusal(root).split("\n")
     assert lines[1].startswith("  val_label_tensor.pt: refused, it holds more than tensors")
     assert not Path("ran").exists()

@@ -8,9 +8,7 @@ from pipeline import InputError, propagation
 from pipeline.propagation import Propagation, affinity, conjugate_gradient
 from pipeline.pseudo_labels import Evidence
 
-
-def unit(x: np.ndarray) -> np.ndarray:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+from .conftest import unit
 
 
 def moons(n: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -26,13 +26,6 @@ from tests.fake_run import (
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    write_run(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def fine_tuned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """stages.finetune replaced by one that writes logits; the names of the label files it found."""
     calls: list[str] = []

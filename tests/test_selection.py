@@ -20,12 +20,10 @@ from pipeline.strategies import (
     Typicality,
 )
 
+from .conftest import unit
+
 STRATEGIES = Strategy.__subclasses__()
 NEAR = 0.9999
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
 
 def candidates(n: int, seed: int = 0, share: float = 0.8, near: float = 1.1) -> Candidates:
