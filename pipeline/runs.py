@@ -153,7 +153,7 @@ def finished(folder: Path, made_by: str) -> Path:
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """What differs between two facts of a run, as 'pretrain.batch_size 128 → 256'."""
+    """What differs between two facts of a run, as 'pretrain.batch_size 128 → 256'; null is none."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*new, *(k for k in old if k not in new)]
         pairs = [(old.get(k), new.get(k), f"{name}.{k}" if name else k) for k in keys]
@@ -229,7 +229,7 @@ class Run:
             return False
         written = json.loads(file.read_text())
         whole = all((self.folder / name).is_file() for name in written.get("files", []))
-        return whole and all(written.get(k) == v for k, v in self.facts.items())
+        return whole and not differences({k: written.get(k) for k in self.facts}, self.facts)
 
     def begin(self, anew: bool = False) -> None:
         """From here on the folder is unfinished, until `finish`, and its arrays are gone; `anew`

@@ -107,7 +107,7 @@ class Trainer:
         file = self.folder / "plan.json"
         written = read_json(file, "make pretrain") if file.is_file() else {"facts": {}}
         self.accelerator.wait_for_everyone()  # all have looked before one writes
-        if written["facts"] == self.facts:
+        if not differences(written["facts"], self.facts):
             return Plan(written["resolutions"], written["steps"], written.get("costs"))
         plan = plan_steps(config, images, resolutions, self._seconds)
         if self.accelerator.is_main_process:

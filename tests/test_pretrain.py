@@ -14,7 +14,7 @@ import torch
 from pipeline import InputError, config, pretraining
 from pipeline.checkpoint import load_torch
 from pipeline.plan import Plan, plan_steps
-from pipeline.runs import read_json
+from pipeline.runs import read_json, write_json
 from stages import embed, pretrain
 
 from .conftest import TINY
@@ -291,6 +291,17 @@ def test_another_recipe_keeps_the_old_checkpoint(
     assert "going on from" not in capsys.readouterr().out
     run(*OPTIONS, "--entry=k", "--pretrain.steps=4", "--pretrain.checkpoint_minutes=9")
     assert "is up to date" in capsys.readouterr().out
+
+    # a field that is null and that an earlier commit did not have changes nothing
+    for file in (folder / "plan.json", made := folder / "provenance.json"):
+        written = read_json(file, "")
+        assert written.get("facts", written)["recipe"]["pretrain"].pop("micro_batch") is None
+        write_json(file, written)
+    run(*OPTIONS, "--entry=k", "--pretrain.steps=4")
+    assert "is up to date" in capsys.readouterr().out
+    made.unlink()
+    run(*OPTIONS, "--entry=k", "--pretrain.steps=4")
+    assert "going on from step 4" in capsys.readouterr().out
 
 
 def test_knn_on_the_way_is_by_cosine(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
