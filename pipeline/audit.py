@@ -14,6 +14,7 @@ from pipeline import InputError
 from pipeline.metrics import chunks, fit_linear
 from pipeline.neighbours import graph, search
 from pipeline.packed import Pool
+from pipeline.progress import progress
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -42,11 +43,13 @@ def thumbnails(pool: Pool) -> npt.NDArray[np.uint8]:
     height, width = pool.shape[:2]
     rows, columns = (np.linspace(0, s, k + 1).astype(int) for s, k in ((height, 8), (width, 9)))
     sizes = np.maximum(np.diff(rows), 1)[:, None] * np.maximum(np.diff(columns), 1)
-    for start in range(0, len(pool), _BLOCK):
-        stop = min(start + _BLOCK, len(pool))
-        gray = pool.gather(np.arange(start, stop)) @ np.array([0.299, 0.587, 0.114], np.float32)
-        sums = np.add.reduceat(np.add.reduceat(gray, rows[:-1], 1), columns[:-1], 2)
-        out[start:stop] = np.rint(sums / sizes).clip(0, 255)
+    with progress("thumbnails", len(pool), "images") as advance:
+        for start in range(0, len(pool), _BLOCK):
+            stop = min(start + _BLOCK, len(pool))
+            gray = pool.gather(np.arange(start, stop)) @ np.array([0.299, 0.587, 0.114], np.float32)
+            sums = np.add.reduceat(np.add.reduceat(gray, rows[:-1], 1), columns[:-1], 2)
+            out[start:stop] = np.rint(sums / sizes).clip(0, 255)
+            advance(stop - start)
     return out
 
 

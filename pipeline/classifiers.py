@@ -1,18 +1,21 @@
 """A classifier is an encoder and a head; which of its parts are trained, and its loss."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from threadpoolctl import threadpool_limits
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from pipeline.checkpoint import load_tensors
+from pipeline.distributed import rank, share, world_size
 from pipeline.encoders import build_encoder, features
 from pipeline.inference import predict
 from pipeline.manifest import Contest
@@ -30,21 +33,27 @@ def build_head(kind: str, features: int, classes: int) -> nn.Module:
 
 
 class Classifier(nn.Module):
-    """Images [b, 3, h, w] to logits [b, classes]."""
+    """Images [b, 3, h, w] to logits [b, classes].
+
+    The head computes in float32: in bf16 one of a hundred images has two likeliest classes.
+    """
 
     def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.encoder, self.head = encoder, head
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder(images))  # type: ignore[no-any-return]
+        x = self.encoder(images)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.to(next(self.head.parameters()).dtype))  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> "Classifier":
         """Batch norms whose weights are frozen keep their statistics."""
         super().train(mode)
         for module in self.encoder.modules():
             own = list(module.parameters(recurse=False))
-            if own and not any(p.requires_grad for p in own):
+            norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if norm and own and not any(p.requires_grad for p in own):
                 module.eval()
         return self
 
@@ -73,9 +82,18 @@ class Ensemble(nn.Module):
 
 
 def stages_of(encoder: nn.Module) -> list[list[str]]:
-    """Names of the encoder's parameters, from the stem on, stage by stage as timm groups them."""
+    """Names of the encoder's parameters, from the stem on, stage by stage as timm groups them; a
+    norm that it groups alone is of the stage before.
+    """
     groups = group_parameters(encoder, encoder.group_matcher(coarse=True))  # type: ignore[operator]
-    return [list(g) if isinstance(g, (list, tuple)) else [g] for _, g in sorted(groups.items())]
+    found = list[list[str]]()
+    for _, group in sorted(groups.items()):
+        names = list(group) if isinstance(group, (list, tuple)) else [group]
+        if found and all(encoder.get_parameter(name).ndim < 2 for name in names):
+            found[-1] += names
+        else:
+            found.append(names)
+    return found
 
 
 def freeze(encoder: nn.Module, train: Literal["head", "last", "all"], blocks: int) -> None:
@@ -170,7 +188,7 @@ def probe(
     c: float,
 ) -> None:
     """Set the linear head to a logistic regression on the frozen encoder's outputs for the pool's
-    images.
+    images; rank 0 computes it, on every core, as launchers leave one thread to each of several.
 
     Outputs are scaled by their mean length, so that `c` means what it means on unit-length
     embeddings.
@@ -178,10 +196,13 @@ def probe(
     x = np.empty((len(pool), features(classifier.encoder)), np.float32)
     predict(classifier.encoder, pool, size, contest.mean, contest.std, x, what="probe")
     length = float(np.linalg.norm(x, axis=1).mean())
-    weight, bias = fit_linear(x / length, labels, contest.classes, c)
-    with torch.no_grad():
-        classifier.head.weight.copy_(torch.from_numpy(weight / length))  # type: ignore[operator]
-        classifier.head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator]
+    if rank() == 0:
+        with threadpool_limits(os.cpu_count() if world_size() > 1 else None):
+            weight, bias = fit_linear(x / length, labels, contest.classes, c)
+        with torch.no_grad():
+            classifier.head.weight.copy_(torch.from_numpy(weight / length))  # type: ignore[operator]
+            classifier.head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator]
+    share(classifier.head)
 
 
 def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:

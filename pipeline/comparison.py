@@ -55,9 +55,10 @@ def entry_outcome(folder: Path, pretrained: bool) -> dict[str, Any]:
     return found | {key: tuned[-1][key] for key in ("commit", "versions")}
 
 
-def _knn_on_train(contest: Contest, entry: Path) -> float:
+def _knn_on_train(contest: Contest, entry: Path) -> float | None:
     """kNN accuracy in percent of one half of train on the other, by an entry's embeddings; with
-    supervision of the labels that pretraining did not learn, on those that it did.
+    supervision of the labels that pretraining did not learn, on those that it did; None where
+    either is empty.
     """
     train, learned = contest.manifest("train").usable(), learned_labels(entry)
     train = train.take(np.random.default_rng(0).permutation(np.flatnonzero(train.label >= 0)))
@@ -65,6 +66,8 @@ def _knn_on_train(contest: Contest, entry: Path) -> float:
     if len(learned):
         known = train.among(learned)
         train, half = train.take(np.argsort(~known, kind="stable")), int(known.sum())
+    if not 0 < half < len(train):
+        return None
     x = np.load(runs.require(entry / "embeddings" / "train.npy", "make embed"))[train.index]
     return knn_accuracy(x[:half], train.label[:half], x[half:], train.label[half:], K)
 

@@ -72,6 +72,13 @@ def all_reduce(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _Sum.apply(x)
 
 
+def share(module: nn.Module) -> None:
+    """Make the parameters of all ranks those of rank 0."""
+    if world_size() > 1:
+        for parameter in module.parameters():
+            dist.broadcast(parameter.data, 0)
+
+
 def average_gradients(module: nn.Module) -> None:
     """Replace every gradient by its mean over the ranks, in one message; as
     DistributedDataParallel does, for gradients that did not come through it.

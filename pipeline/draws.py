@@ -32,9 +32,10 @@ def hold_out(labels: Integers, index: Integers, fraction: float) -> npt.NDArray[
     """Which images [n] to hold out: a fraction of each class, in an order that the numbers `index`
     [n] of the images decide once for all.
 
-    So the stages, rounds and entries of a contest, whatever their seeds, hold out the same images,
-    and a smaller fraction is part of a larger one.  A class of two or more gives at least one,
-    where the fraction is above 0, and keeps at least one.  Unknown labels (-1) are never held out.
+    So the stages, rounds and entries that learn from the same labels, whatever their seeds, hold
+    out the same images, and a smaller fraction is part of a larger one.  A class of two or more
+    gives at least one, where the fraction is above 0, and keeps at least one.  Unknown labels (-1)
+    are never held out.
     """
     if fraction <= 0 or not len(labels):
         return np.zeros(len(labels), np.bool_)
@@ -70,14 +71,14 @@ def training_set(
 
     The draw by `fraction` or `per_class` and the held-out share are of the first file, so that
     every round holds out the same images; none of those that the encoder `learned` with their
-    labels is held out.  Where an image comes in several files, the first counts.
+    labels is held out.  Where an image has a label in several files, the first counts.
     Raises InputError where no labeled image is left.
     """
     parts, seen = list[Manifest](), Manifest.of("", [])
     for file in files:
         part = read_manifest(file).usable()
         parts.append(part.take(~part.among(seen) & (part.label >= 0)))
-        seen = Manifest.concatenate([seen, part])
+        seen = Manifest.concatenate([seen, parts[-1]])
     if not sum(map(len, parts)):
         raise InputError(f"no labeled image in {', '.join(map(str, files)) or 'no manifest'}")
     first = parts[0].take(choose_labels(parts[0].label, fraction, per_class, seed))

@@ -68,7 +68,7 @@ def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
     if not len(held):
         raise InputError(
             f"submit: {', '.join(map(str, folders))} held out no labels in common to choose by; "
-            f"the same seed and finetune.holdout above 0 are expected"
+            f"finetune.holdout above 0 in each is expected (with fraction or per_class one seed)"
         )
     tried: dict[str, float] = {}
     found: list[tuple[float, Choice]] = []

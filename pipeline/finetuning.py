@@ -23,7 +23,7 @@ from pipeline.feed import Feed, JoinedFeed
 from pipeline.figures import confusion
 from pipeline.inference import encoder_for, predict
 from pipeline.manifest import Contest, Manifest
-from pipeline.metrics import top_k
+from pipeline.metrics import chunks, top_k
 from pipeline.optim import build_optimizer, schedule
 from pipeline.outside import load_outside
 from pipeline.trainer import Trainer
@@ -137,8 +137,9 @@ def rows_of(folder: Path, images: Manifest, width: int, made_by: str) -> npt.NDA
     out = np.empty((len(images), width), np.float32)
     for split in np.unique(images.split):
         file = runs.require(folder / f"{split}.npy", made_by)
-        of = images.split == split
-        out[of] = np.load(file, mmap_mode="r")[images.index[of]]
+        of, array = np.flatnonzero(images.split == split), np.load(file, mmap_mode="r")
+        for part in chunks(len(of), width):
+            out[of[part]] = array[images.index[of[part]]]
     return out
 
 

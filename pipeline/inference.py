@@ -147,6 +147,7 @@ def predict_split(
     aside = file.with_name(f".{file.name}.tmp")
     if rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
+        aside.unlink(missing_ok=True)  # by a run that was killed
         shape = (contest.splits[split]["images"], outputs)
         check_room(file.parent, 4 * shape[0] * shape[1], f"{file.name} [{shape[0]:,}, {outputs}]")
         np.lib.format.open_memmap(aside, "w+", np.float32, shape)
@@ -155,8 +156,12 @@ def predict_split(
     pool = Pool([(contest.packed(split), rows)])
     mean, std = contest.mean, contest.std
     mine = slice_of(len(pool), rank(), world_size())
-    predict(model, pool, size, mean, std, _Rows(aside), rows, batch, exact, unit, split, mine)
-    barrier()
-    if rank() == 0:
-        aside.replace(file)
+    try:
+        predict(model, pool, size, mean, std, _Rows(aside), rows, batch, exact, unit, split, mine)
+        barrier()
+        if rank() == 0:
+            aside.replace(file)
+    finally:
+        if rank() == 0:
+            aside.unlink(missing_ok=True)
     barrier()

@@ -17,6 +17,7 @@ from PIL import Image
 
 from pipeline import InputError
 from pipeline.manifest import Contest
+from pipeline.progress import progress
 from pipeline.runs import replacing, write_json
 from pipeline.tables import Column, read_table, write_table
 
@@ -96,9 +97,11 @@ def _write_images(folder: Path, images: npt.NDArray[np.uint8], indices: Ints) ->
     wanted = {folder / f"{index}.png": index for index in indices.tolist()}
     for old in set(folder.glob("*.png")) - set(wanted):
         old.unlink()
-    for file, index in wanted.items():
-        with replacing(file) as aside:
-            Image.fromarray(images[index]).save(aside, format="PNG")
+    with progress("images", len(wanted), "images") as advance:
+        for file, index in wanted.items():
+            with replacing(file) as aside:
+                Image.fromarray(images[index]).save(aside, format="PNG")
+            advance()
 
 
 class Vote(NamedTuple):

@@ -26,14 +26,27 @@ def labeled_images(latest: Path, newer: Sequence[Path] = ()) -> Manifest:
     """Images whose labels are known and may be learned from: what the fine-tuning in `latest` was
     trained on, but for pseudo-labels, and the label files `newer` than it.
     """
-    known = read_manifest(runs.require(latest / "trained_on.csv", "make finetune"))
-    by_a_classifier = [Path(source).name.startswith("finetune-") for source in known.source]
-    known = known.take(~np.array(by_a_classifier, np.bool_))
+    known, guessed = _trained_on(latest)
+    known = known.take(~guessed)
     held = read_manifest(runs.require(latest / "holdout.csv", "make finetune"))
     for part in map(read_manifest, newer):
         new = ~part.among(known) & ~part.among(held) & (part.label >= 0)
         known = Manifest.concatenate([known, part.take(new)])
     return known
+
+
+def _trained_on(latest: Path) -> tuple[Manifest, npt.NDArray[np.bool_]]:
+    """What the fine-tuning in `latest` was trained on, and which of these labels are guesses."""
+    known = read_manifest(runs.require(latest / "trained_on.csv", "make finetune"))
+    guessed = [Path(source).name.startswith("finetune-") for source in known.source]
+    return known, np.array(guessed, np.bool_)
+
+
+def learned_guesses(latest: Path) -> bool:
+    """Whether the classifier has learned from pseudo-labels: of images that it learned it is surer
+    than of others, so that those apart tell at most how right its next ones are.
+    """
+    return bool(_trained_on(latest)[1].any())
 
 
 def unlabeled_images(contest: Contest, known: Manifest) -> Manifest:
@@ -130,7 +143,8 @@ def in_words(found: dict[str, Any], what: str) -> str:
     """A line on a round, of its record; `what` the images apart are."""
     said = f"{found['coverage']:.1f} % of {found['eligible']:,} unlabeled images labeled"
     if found["precision"] is not None:
-        said += f"; {found['precision']:.1f} ± {found['precision_error']:.1f} % right"
+        said += "; at most " if found["precision_upper"] else "; "
+        said += f"{found['precision']:.1f} ± {found['precision_error']:.1f} % right"
         said += f", by {found['precision_images']:,} images of {what}"
     if found["true_precision"] is not None:
         said += f"; in truth {found['true_precision']:.1f} %"

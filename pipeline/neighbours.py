@@ -19,6 +19,7 @@ Ints = npt.NDArray[np.int64]
 _GPU_K = 2048  # faiss's limit on k on a GPU
 _GPU_BYTES = 1 << 30  # of vectors, and of queries with their results, on the GPU at a time
 _GPU_SCRATCH = 1 << 28  # bytes that faiss reserves; what a search needs beyond, it allocates
+_QUERIES = 1 << 14  # between two looks at the progress bar
 _CELL = 512  # rows of a cell, on average
 _PROBES = 24  # cells in which a row's neighbors are looked for
 _PAIRS = 1 << 32  # of rows whose similarities are all computed, at most, for a graph
@@ -59,6 +60,18 @@ def search(queries: Floats, database: Floats, k: int) -> tuple[Floats, Ints]:
     return similarities, indices
 
 
+def search_along(queries: Floats, database: Floats, k: int, what: str) -> tuple[Floats, Ints]:
+    """As `search`, with a progress bar of that name."""
+    shape = len(queries), min(k, len(database))
+    similarities, indices = np.empty(shape, np.float32), np.empty(shape, np.int64)
+    with progress(what, len(queries), "images") as advance:
+        for start in range(0, len(queries), _QUERIES):
+            rows = slice(start, start + _QUERIES)
+            similarities[rows], indices[rows] = search(queries[rows], database, k)
+            advance(len(indices[rows]))
+    return similarities, indices
+
+
 def graph(x: Floats, k: int, probes: int = _PROBES) -> tuple[Floats, Ints]:
     """Every row's k nearest other rows among unit vectors `x` [n, d]: similarities and indices,
     both [n, min(k, n - 1)], best first.
@@ -71,7 +84,7 @@ def graph(x: Floats, k: int, probes: int = _PROBES) -> tuple[Floats, Ints]:
     if not k:
         return np.empty((n, 0), np.float32), np.empty((n, 0), np.int64)
     if _gpus() or n * n <= _PAIRS:
-        return _without_itself(*search(x, x, k + 1), np.arange(n))
+        return _without_itself(*search_along(x, x, k + 1, "nearest neighbors"), np.arange(n))
     x = _plain(x)
     centers, cell = kmeans(x, n // _CELL, 8, 0)
     order = np.argsort(cell, kind="stable")

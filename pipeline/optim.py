@@ -35,7 +35,7 @@ class Optimizer:
     weight_decay: float = 5e-4
     """Weight decay; biases and normalization weights are excluded."""
     bias_lr: float = 1.0
-    """Factor of the rate of biases and normalization weights (Barlow Twins with LARS: 0.024)."""
+    """Factor of the rate of biases and normalization weights (Barlow Twins with LARS: 7.5e-4)."""
     trust: float = 1e-3
     """LARS: the trust coefficient."""
     warmup: float = 0.05

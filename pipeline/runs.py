@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline import InputError
 from pipeline.distributed import barrier, leave, rank
 
@@ -68,12 +70,6 @@ def latest_finetune(entry: str) -> Path:
     if not done:
         raise InputError(f"{entry_folder(entry)} holds no finished finetune-K; run `make finetune`")
     return done[-1]
-
-
-def unfinished_after(finetune: Path) -> Path | None:
-    """The finetune-K of the highest K above that of a finished one, if there is any."""
-    last = finetune_folders(finetune.parent)[-1]
-    return None if last == finetune else last
 
 
 def numbered(folder: Path, kind: str, suffix: str = ".csv") -> list[Path]:
@@ -280,8 +276,8 @@ def interrupts(then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
 
 
 def stage(main: Callable[[], None]) -> None:
-    """Run a stage: a user's mistake, or a disk that is full or closed to us, ends in one clear line
-    and exit code 1, not in a traceback.
+    """Run a stage: a user's mistake, a GPU that is too small, or a disk that is full or closed to
+    us, ends in one clear line and exit code 1, not in a traceback.
     """
     try:
         main()
@@ -291,6 +287,8 @@ def stage(main: Callable[[], None]) -> None:
         raise
     except InputError as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU is out of memory; a smaller batch, micro_batch or ratio helps")
     except OSError as error:
         if error.errno not in _DISK:
             raise

@@ -14,7 +14,8 @@ from scipy.special import logsumexp
 from pipeline import InputError, runs
 from pipeline.manifest import Contest, read_manifest
 from pipeline.metrics import chunks, knn_predict
-from pipeline.neighbours import graph, kmeans, search
+from pipeline.neighbours import graph, kmeans, search, search_along
+from pipeline.progress import progress
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -58,7 +59,7 @@ class Candidates:
         """Cosine [m] to the nearest labeled image; -1 where none is labeled."""
         if not len(self.labeled):
             return np.full(len(self.x), -1, np.float32)
-        return search(self.x, self.labeled, 1)[0][:, 0]
+        return search_along(self.x, self.labeled, 1, "nearest labels")[0][:, 0]
 
     @cached_property
     def free(self) -> Ints:
@@ -88,10 +89,12 @@ class Candidates:
     @cached_property
     def _margin_and_energy(self) -> Floats:
         found = np.empty((2, len(self.eligible)), np.float32)
-        for rows in chunks(len(self.eligible), self.classes):
-            p, found[1, rows] = self._probabilities(np.arange(len(self.eligible))[rows])
-            second, first = np.partition(p, -2, axis=1)[:, -2:].T
-            found[0, rows] = first - second
+        with progress("margins", len(self.eligible), "images") as advance:
+            for rows in chunks(len(self.eligible), self.classes):
+                p, found[1, rows] = self._probabilities(np.arange(len(self.eligible))[rows])
+                second, first = np.partition(p, -2, axis=1)[:, -2:].T
+                found[0, rows] = first - second
+                advance(len(p))
         return found
 
     @property
@@ -216,6 +219,18 @@ def check_logits(contest: Contest, file: Path) -> None:
         raise InputError(f"{file} holds {list(found.shape)}; {shape} is expected")
 
 
+def embedded(embeddings: Path) -> list[Path]:
+    """The embeddings of unlabeled and train in a folder; InputError where one is missing."""
+    by = {"unlabeled": "make embed ARGS='--evaluate.unlabeled true'", "train": "make embed"}
+    return [runs.require(embeddings / f"{split}.npy", make) for split, make in by.items()]
+
+
+def unlabeled_logits(finetune: Path) -> Path:
+    """The unlabeled split's logits of a fine-tuning; InputError where there are none."""
+    made_by = "make finetune ARGS='--finetune.unlabeled true'"
+    return runs.require(finetune / "logits" / "unlabeled.npy", made_by)
+
+
 def candidates_of(
     contest: Contest,
     embeddings: Path,
@@ -226,15 +241,14 @@ def candidates_of(
     """What may be asked for, of a folder of embeddings and the unlabeled split's logits; labeled
     are train and the manifests `answered`.
     """
-    files = [runs.require(embeddings / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
     train, unlabeled = contest.manifest("train").usable(), contest.manifest("unlabeled").usable()
     train = train.take(train.label >= 0)
     label = np.full(contest.images("unlabeled"), -1, np.int64)
     for manifest in map(read_manifest, answered):
-        of = manifest.split == "unlabeled"
+        of = (manifest.split == "unlabeled") & (manifest.label >= 0)
         label[manifest.index[of]] = manifest.label[of]
     known = unlabeled.take(label[unlabeled.index] >= 0)
-    x, of_train = (np.load(file, mmap_mode="r") for file in files)
+    x, of_train = (np.load(file, mmap_mode="r") for file in embedded(embeddings))
     digests = np.concatenate([train.sha256, known.sha256])
     return Candidates(
         embeddings=x,

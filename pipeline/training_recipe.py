@@ -111,7 +111,7 @@ class Finetune:
     view: View = field(
         default_factory=lambda: View(1, crop_scale=(0.2, 1.0), jitter_p=0, grayscale_p=0, blur_p=0)
     )
-    """Augmentation of the training images."""
+    """Augmentation of the training images; jitter_p, grayscale_p and blur_p are 0 if not given."""
     consistency: Callable[[], Consistency] | None = None
     """Learn from the unlabeled images, too: a class of pipeline/consistency.py; null does not."""
     strong_view: View = field(

@@ -20,13 +20,14 @@ from pipeline.finetuning import rows_of
 from pipeline.manifest import Contest, Manifest, load_contest, write_manifest
 from pipeline.neighbours import search
 from pipeline.recipe import Recipe
-from pipeline.tables import write_table
+from pipeline.tables import Column, read_table, write_table
 
 _SHOWN, _AROUND = 12, 8  # rows and neighbors of a picture
+_COLUMNS = ["split", "index", "label", "suggested", "confidence", "agreement"]  # of labels.csv
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(config.Force):
     cosine: float = field(
         default=0.98, metadata={"help": "Embeddings that are as similar belong to copies."}
     )
@@ -35,8 +36,10 @@ class Options:
     )
 
 
-def run(recipe: Recipe, cosine: float = 0.98, write_clean: bool = False) -> None:
-    """Audit every split that is embedded."""
+def run(
+    recipe: Recipe, cosine: float = 0.98, write_clean: bool = False, force: bool = False
+) -> None:
+    """Audit every split that is embedded, unless that was done before."""
     check("audit", "above 0, up to 1", cosine=cosine)
     contest, entry = load_contest(recipe.data.contest), runs.entry_folder(recipe.entry)
     folder, out = contest.finished(entry / "embeddings", "make embed"), entry / "audit"
@@ -45,13 +48,28 @@ def run(recipe: Recipe, cosine: float = 0.98, write_clean: bool = False) -> None
     inputs = [contest.folder / "contest.json", *(folder / f"{split}.npy" for split in splits)]
     decided = {"cosine": cosine, "linear_c": recipe.evaluate.linear_c}
     facts = runs.Run.of(out, {"seed": recipe.seed, "audit": decided}, ["audit"], inputs)
-    facts.begin()
+    if facts.is_current() and not force:
+        runs.say(f"{out} is up to date (--force runs it anew)")
+    else:
+        facts.begin()
+        (out / "clean.csv").unlink(missing_ok=True)
+        found, doubtful = _look(recipe, contest, images, folder, out, cosine)
+        facts.finish(pairs=found, doubtful_labels=doubtful)
+        runs.say(f"wrote {out}; nothing was changed")
+    if write_clean:
+        _write_clean(contest, out)
+
+
+def _look(
+    recipe: Recipe, contest: Contest, images: Manifest, folder: Path, out: Path, cosine: float
+) -> tuple[dict[str, int], int]:
+    """Write what looks the same and what looks wrong; how many pairs, by splits, and labels."""
     width = np.load(folder / "train.npy", mmap_mode="r").shape[1]
     x = rows_of(folder, images, width, "make embed")
-    runs.say(f"comparing {len(images):,} images of {', '.join(splits)} …")
+    runs.say(f"comparing {len(images):,} images of {', '.join(np.unique(images.split))} …")
     copies = audit.find_copies(x, audit.thumbnails(contest.pool(images)), cosine)
     names, pairs = contest.class_names, (copies.first, copies.second)
-    pixels = {split: contest.packed(split) for split in splits}
+    pixels = {split: contest.packed(split) for split in np.unique(images.split).tolist()}
     columns = ["cosine", "same_hash", "split", "index", "label", "split_b", "index_b", "label_b"]
     of = [(images.split[p], images.index[p], _named(images.label[p], names)) for p in pairs]
     _table(
@@ -65,9 +83,7 @@ def run(recipe: Recipe, cosine: float = 0.98, write_clean: bool = False) -> None
     said = ", ".join(f"{n:,} in {where}" for where, n in found.items()) or "none"
     image_rows(out / "duplicates.png", rows, f"Pairs that look the same: {said}")
     runs.say(f"pairs that look the same: {said}")
-    doubtful = _labels(recipe, contest, images, x, out, pixels, write_clean)
-    facts.finish(pairs=found, doubtful_labels=doubtful)
-    runs.say(f"wrote {out}; nothing was changed")
+    return found, _labels(recipe, contest, images, x, out, pixels)
 
 
 def _labels(
@@ -77,7 +93,6 @@ def _labels(
     x: Any,
     out: Path,
     pixels: dict[str, Any],
-    write_clean: bool,
 ) -> int:
     """The doubtful labels of train, as a table and a picture; how many they are."""
     of_train = (images.split == "train") & (images.label >= 0)
@@ -85,10 +100,9 @@ def _labels(
     c, names = recipe.evaluate.linear_c, contest.class_names
     doubts = audit.doubtful_labels(x, train.label, contest.classes, c, recipe.seed)
     wrong = train.take(doubts.rows)
-    columns = ["split", "index", "label", "suggested", "confidence", "agreement"]
     labels = _named(wrong.label, names), _named(doubts.suggested, names)
     scores = doubts.confidence, doubts.agreement
-    _table(out / "labels.csv", columns, wrong.split, wrong.index, *labels, *scores)
+    _table(out / "labels.csv", _COLUMNS, wrong.split, wrong.index, *labels, *scores)
     rows, near = [], search(x[doubts.rows[:_SHOWN]], x, _AROUND + 1)[1]
     for k, (row, around) in enumerate(zip(doubts.rows, near, strict=False)):
         tiles = [_tile(train, row, pixels, names, AMBER)]
@@ -100,11 +114,18 @@ def _labels(
     note = "the most doubtful first; beside each its nearest labeled images, green of its class"
     image_rows(out / "labels.png", rows, said, note)
     runs.say(said)
-    if write_clean:
-        kept = np.setdiff1d(np.arange(len(train)), doubts.rows)
-        write_manifest(out / "clean.csv", train.take(kept))
-        runs.say(f"wrote {out / 'clean.csv'}: name it in finetune.manifests to train on it")
     return len(wrong)
+
+
+def _write_clean(contest: Contest, out: Path) -> None:
+    """Write train without the images of labels.csv."""
+    columns = {"index": Column(np.int64, required=True)}
+    columns |= {name: Column(np.object_) for name in _COLUMNS if name != "index"}
+    doubtful = read_table(out / "labels.csv", columns)["index"]
+    train = contest.manifest("train").usable()
+    kept = (train.label >= 0) & ~np.isin(train.index, doubtful)
+    write_manifest(out / "clean.csv", train.take(kept))
+    runs.say(f"wrote {out / 'clean.csv'}: name it in finetune.manifests to train on it")
 
 
 def _named(labels: Any, names: Sequence[str] | None) -> list[str]:
@@ -134,7 +155,7 @@ def _table(path: Path, names: Sequence[str], *columns: Iterable[Any]) -> None:
 
 def main() -> None:
     recipe, options, _ = config.parse(__doc__, Options)
-    run(recipe, options.cosine, options.write_clean)
+    run(recipe, options.cosine, options.write_clean, options.force)
 
 
 if __name__ == "__main__":

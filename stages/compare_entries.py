@@ -2,16 +2,15 @@
 
 python -m stages.compare_entries RECIPE … [--base RECIPE] [--seeds 3] [--peer "COMMAND"]
 python -m stages.compare_entries RECIPE … [--base RECIPE] [--seeds 3] --encoder ENTRY
-Every recipe is run with every seed through what it needs, as the entry RECIPE-sSEED (RECIPE-from-
-ENTRY-sSEED with --encoder): pretraining
-(not from scratch), embeddings where its pseudo-labels look at them, fine-tuning and, where `pseudo`
-is among its manifests, pseudo-labels and fine-tuning again.  The first recipe is the control.  With
---base the recipes change that one; with --encoder all start from the encoder of that entry.  A peer
-is any command that takes --seed and whose last line is JSON with `peer` (its name) and `finetuned`
-(top-1 on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run (a peer's name is
-made of its command), and the table.
-What is recorded is not run again; what was interrupted goes on, rounds of pseudo-labels from the
-first one.
+Every recipe is run with every seed through what it needs, as the entry RECIPE-sSEED (BASE-RECIPE-
+sSEED with --base, RECIPE-from-ENTRY-sSEED with --encoder): pretraining (not from scratch),
+embeddings where its pseudo-labels look at them, fine-tuning and, where `pseudo` is among its
+manifests, pseudo-labels and fine-tuning again.  The first recipe is the control.  With --base the
+recipes change that one; with --encoder all start from the encoder of that entry.  A peer is any
+command that takes --seed and whose last line is JSON with `peer` (its name) and `finetuned` (top-1
+on val, 0 to 1).  Writes docs/entries/NAME-sSEED.json for each finished run (a peer's name is made
+of its command), and the table.  What is recorded is not run again; what was interrupted goes on,
+rounds of pseudo-labels from the first one.
 """
 
 import hashlib

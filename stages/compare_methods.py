@@ -72,7 +72,7 @@ def run(a: Namespace, command: str) -> None:
 
     write()  # which says what is wrong with that file before hours of training
     run_cells([(e, 0) for e in entrants])
-    ranked = sorted(entrants, key=lambda e: -(e.record(0) or {})["knn_on_train"])
+    ranked = sorted(entrants, key=lambda e: -((e.record(0) or {})["knn_on_train"] or 0))
     run_cells([(e, seed) for seed in range(1, a.seeds) for e in ranked[: a.best]])
     found = sum(len(e.recorded()) for e in entrants)
     runs.say(f"wrote {a.table} from {found} records in {a.records}; next: commit both")

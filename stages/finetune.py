@@ -72,6 +72,14 @@ def _check_pseudo_labels(labels: Path, contest: Contest, encoder: Path | None) -
         )
 
 
+def _goes_on(facts: runs.Run) -> bool:
+    """Whether an interrupted training of the same facts goes on from its checkpoint."""
+    plan, checkpoint = facts.folder / "plan.json", facts.folder / "checkpoint.pt"
+    if not plan.is_file() or not checkpoint.is_file():
+        return False
+    return not runs.differences(runs.read_json(plan, "make finetune")["facts"], facts.facts)
+
+
 def run(
     recipe: Recipe, plain: dict[str, Any], force: bool = False, folder: Path | None = None
 ) -> Path:
@@ -116,7 +124,8 @@ def run(
         check_size(encoder, pixels)
     classifier = Classifier(encoder, build_head(c.head, width, contest.classes))
     classifier.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if c.probe_first and c.head == "linear" and c.init != "scratch":
+    begun = not force and _goes_on(facts)
+    if c.probe_first and c.head == "linear" and c.init != "scratch" and not begun:
         probe(classifier, contest.pool(train), train.label, size, contest, c.probe_c)
     freeze(encoder, c.train, c.blocks)
     seen = contest.manifest("val").usable() if c.monitor == "val" else held

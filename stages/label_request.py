@@ -21,7 +21,15 @@ from pipeline.answers import check_request, read_request, write_request
 from pipeline.manifest import Contest, load_contest, read_manifest
 from pipeline.recipe import Recipe
 from pipeline.request_report import overlap, report
-from pipeline.selection import Candidates, Strategy, candidates_of, check_logits, choose
+from pipeline.selection import (
+    Candidates,
+    Strategy,
+    candidates_of,
+    check_logits,
+    choose,
+    embedded,
+    unlabeled_logits,
+)
 
 Format = Literal["contest", "label-studio"]
 
@@ -51,8 +59,7 @@ def run(
     folder = contest.finished(entry / "embeddings", "make embed")
     needed = strategy.uses_logits or bool(c.voters)
     logits = _logits(contest, [entry.name, *c.voters], needed)
-    files = [runs.require(folder / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
-    inputs = [manifests / "contest.json", *answered, *files, *(logits if needed else [])]
+    inputs = [manifests / "contest.json", *answered, *embedded(folder), *(logits if needed else [])]
     facts = runs.Run.of(entry / "label_request", plain, ("label_request",), inputs)
     file, name = facts.folder / f"request_{c.team}.csv", type(strategy).__name__
     before = [f for f in facts.folder.glob("request_*.csv") if f != file]  # of another team
@@ -97,7 +104,7 @@ def _logits(contest: Contest, entries: list[str], needed: bool) -> list[Path]:
     """
     try:
         folders = [runs.finished(runs.latest_finetune(e), "make finetune") for e in entries]
-        files = [runs.require(f / "logits" / "unlabeled.npy", "make finetune") for f in folders]
+        files = [unlabeled_logits(folder) for folder in folders]
         for file in files:
             check_logits(contest, file)
         return files

@@ -26,6 +26,7 @@ from pipeline.manifest import (
 from pipeline.metrics import predictions
 from pipeline.pseudo_labels import apply, summary
 from pipeline.recipe import Recipe
+from pipeline.selection import embedded, unlabeled_logits
 from stages import finetune
 
 
@@ -86,11 +87,10 @@ def _facts(contest: Contest, entry: Path, recipe: Recipe, plain: dict[str, Any])
     """What decides the pseudo-labels of now."""
     latest = contest.finished(runs.latest_finetune(entry.name), "make finetune")
     inputs = [contest.folder / "contest.json", *_requested(recipe, contest)]
-    inputs += [latest / name for name in ("logits/unlabeled.npy", "trained_on.csv", "holdout.csv")]
-    inputs = [runs.require(file, "make finetune") for file in inputs]
+    inputs += [latest / name for name in ("trained_on.csv", "holdout.csv")]
+    inputs = [*(runs.require(file, "make finetune") for file in inputs), unlabeled_logits(latest)]
     if recipe.pseudo_label.predictor().space == "embeddings":
-        folder = contest.finished(entry / "embeddings", "make embed")
-        inputs += [runs.require(folder / f"{s}.npy", "make embed") for s in ("unlabeled", "train")]
+        inputs += embedded(contest.finished(entry / "embeddings", "make embed"))
     return runs.Run.of(entry, plain, ("pseudo_label",), inputs).facts
 
 
@@ -118,6 +118,7 @@ def _label(
     new = labeling.changed(read_manifest(before), manifest) if before and round_ > 1 else 100.0
     write_manifest(out, manifest, PSEUDO_LABELS)
     found = summary(predicted, labels, right, contest.classes) | {"temperature": temperature}
+    found |= {"precision_upper": labeling.learned_guesses(latest)}
     found |= {"changed": new, "true_precision": labeling.true_precision(contest, manifest)}
     said = labeling.in_words(found, what)
     names = contest.names

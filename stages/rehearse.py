@@ -36,7 +36,8 @@ def make(a: Namespace) -> None:
         runs.say(source.note)
     for split, images in organizers.make_contest(source, a.out, shape, a.seed).items():
         runs.say(split, images, len(source.train), "classes")
-    runs.say(f"wrote {a.out} and {a.out}.oracle.pt; next: make data ROOT={a.out} CONTEST=NAME")
+    then = f"make data ROOT={a.out} CONTEST={a.out.name} ARGS='--data.rehearsal true'"
+    runs.say(f"wrote {a.out} and {a.out}.oracle.pt; next: {then}")
 
 
 def answer(a: Namespace) -> None:

@@ -44,6 +44,18 @@ def _test_split(recipe: Recipe, contest: Contest) -> str | None:
     return split
 
 
+def _newer(contest: Contest, finetune: Path, tuned: dict[str, Any]) -> str:
+    """What is newer than a fine-tuning, in words; nothing where it is the newest."""
+    entry, last = finetune.parent, runs.finetune_folders(finetune.parent)[-1]
+    if last != finetune:
+        return f"{last} is newer, but unfinished"
+    if tuned["results"]["round"] >= runs.label_rounds(contest.folder, entry):
+        return ""
+    files = runs.numbered(contest.folder, "requested") + runs.numbered(entry, "pseudo")
+    unknown = " and ".join(str(file) for file in files if str(file) not in tuned["inputs"])
+    return f"{unknown} came after it; `make finetune` learns from what came"
+
+
 def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     """Write, check and publish the submission; where a check fails the old one is kept."""
     contest, entry = load_contest(recipe.data.contest), recipe.entry
@@ -57,6 +69,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     inputs += [folder_ / submission.WEIGHTS for folder_ in others]
     sections = [name for name in made if name != "seed"]
     facts = runs.Run.of(folder, made, sections, inputs).facts
+    if k is None and (newer := _newer(contest, finetune, tuned)):
+        runs.say(f"{finetune} is submitted, but {newer}")
     if submission.is_current(folder, facts) and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
@@ -64,8 +78,6 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
     choice = ensembles.choose(contest, [finetune, *others], recipe.submit.mirror)
     for what, score in choice.tried.items():
         runs.say(f"{score:6.2f} % of the held-out labels: {what}")
-    if k is None and (unfinished := runs.unfinished_after(finetune)):
-        runs.say(f"submitting {finetune}; {unfinished} is newer, but unfinished")
     folder.parent.mkdir(exist_ok=True)
     for left in folder.parent.glob(f".{entry}.*"):  # by a run that was killed
         if "." not in left.name.removeprefix(f".{entry}."):  # another entry's may have a dot more

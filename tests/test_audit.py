@@ -112,6 +112,22 @@ def test_the_stage_shows_and_changes_nothing(
     assert str(Path("runs/entry/embeddings/val.npy")) in made["inputs"]
 
 
+def test_the_same_audit_is_made_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is asked for later is made of what it found."""
+    recipe = parsed().recipe
+    audit.run(recipe, write_clean=True)
+    clean, written = Path("runs/entry/audit/clean.csv"), Path("runs/entry/audit/labels.csv")
+    rows, made = clean.read_text(), written.stat().st_mtime_ns
+    clean.unlink()
+    audit.run(recipe, write_clean=True)
+    assert "audit is up to date" in capsys.readouterr().out
+    assert (clean.read_text(), written.stat().st_mtime_ns) == (rows, made)
+    audit.run(recipe, cosine=0.9)
+    assert not clean.exists()  # that of another audit
+    audit.run(recipe, cosine=0.9, force=True)
+    assert "up to date" not in capsys.readouterr().out
+
+
 def test_few_labels_of_a_class_are_no_mistake_unless_there_is_one(
     recwarn: pytest.WarningsRecorder,
 ) -> None:

@@ -1,5 +1,7 @@
 """Classifiers: their loss, which parts learn at which rate, and draws that balance classes."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from pipeline.classifiers import Classifier, Supervised, build_head, rates, stages_of
+from pipeline.classifiers import (
+    Classifier,
+    Supervised,
+    build_head,
+    freeze,
+    rates,
+    stages_of,
+)
 from pipeline.draws import balanced
 from pipeline.encoders import build_encoder
 
@@ -66,6 +75,36 @@ def test_rates_fall_from_the_head_to_the_stem() -> None:
     for depth, stage in enumerate(["layer4", "layer3", "layer2", "layer1"]):
         assert of[f"encoder.{stage}.0.conv1.weight"] == pytest.approx(0.1 * 0.5**depth)
     assert of[f"encoder.{stages_of(encoder)[0][0]}"] == pytest.approx(0.1 * 0.5**4)
+
+
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [("test_convnext", "stages.3"), ("test_vit", "blocks.5"), ("resnet10t", "layer4")],
+)
+def test_the_last_stage_is_more_than_a_norm(name: str, last: str) -> None:
+    """What is free learns as in training, dropout and all; what is frozen does not move."""
+    encoder = build_encoder(name)
+    freeze(encoder, "last", 1)
+    classifier = Classifier(encoder, build_head("linear", 8, 3)).train()
+    free = {n for n, p in encoder.named_parameters() if p.requires_grad}
+    assert {n for n, _ in encoder.named_parameters() if n.startswith(last)} <= free
+    assert all(part.training for part in encoder.get_submodule(last).modules())
+    before = copy.deepcopy(encoder.state_dict())
+    classifier.encoder(torch.randn(4, 3, 160, 160)).sum().backward()
+    moved = {n for n, v in encoder.state_dict().items() if not torch.equal(v, before[n])}
+    assert all(n.startswith(last) for n in moved)
+
+
+def test_the_head_computes_in_float32() -> None:
+    """In bf16 logits would be equal where they are not."""
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    classifier = Classifier(encoder, build_head("linear", 8, 50))
+    x = torch.randn(64, 3, 2, 2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, features = classifier(x), encoder(x)
+    assert (found.dtype, features.dtype) == (torch.float32, torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(found, classifier.head(features.float()))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40))

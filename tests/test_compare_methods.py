@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline import InputError, comparison, entrants, runs
-from pipeline.manifest import load_contest
+from pipeline.manifest import load_contest, write_manifest
 from pipeline.neighbours import search
 from stages import compare_methods
 
@@ -207,6 +207,18 @@ def test_told_to_stop_it_stops_the_stage_which_writes_a_checkpoint(
     assert process.returncode == 143
     assert said.index("wrote runs/mini98_a-s0/pretrain/plan.json") < said.index("stopped after")
     assert said.endswith("\nstopped; the same command goes on from there\n")
+
+
+def test_where_all_labels_were_learned_none_are_left_to_choose_by(tiny_contest: Path) -> None:
+    contest, entry = load_contest("tiny"), Path("runs/all")
+    for folder in ("pretrain", "embeddings"):
+        (entry / folder).mkdir(parents=True)
+    train = contest.manifest("train").usable()
+    np.save(entry / "embeddings" / "train.npy", np.eye(80, 8, dtype=np.float32))
+    write_manifest(entry / "pretrain" / "trained_on.csv", train)
+    assert comparison._knn_on_train(contest, entry) is None
+    write_manifest(entry / "pretrain" / "trained_on.csv", train.take(np.arange(60)))
+    assert comparison._knn_on_train(contest, entry) is not None
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_runs(calls: list[Call]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import InputError, config, runs
+from pipeline import InputError, config, inference, runs
 from pipeline.checkpoint import load_tensors, load_torch
 from pipeline.classifiers import Classifier, Supervised, build_head, freeze, load_classifier
 from pipeline.encoders import build_encoder
@@ -232,6 +232,19 @@ def test_no_array_of_an_earlier_run_is_left(pretrained: Path) -> None:
     assert all(file.with_name("train.npy").is_file() for file in files)
 
 
+def test_an_interrupted_prediction_leaves_nothing(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference, "predict", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert Path("runs/f/finetune-0/logits").is_dir()
+    assert not list(Path("runs/f/finetune-0/logits").iterdir())
+
+
 def test_files_that_people_put_aside_are_no_rounds(pretrained: Path) -> None:
     run()
     Path("runs/f/finetune-0").rename("runs/f/finetune-0-old")
@@ -386,6 +399,7 @@ def test_a_resumed_round_is_bit_identical(
     with pytest.raises(SystemExit):
         run(*options, force=True)
     monkeypatch.setattr(Trainer, "resumed", True)
+    monkeypatch.delattr(finetune, "probe")  # what the checkpoint holds is not computed again
     folder = run(*options)
     assert results(folder)["minutes"] >= 20 * 0.05 / 60  # those before the interruption, too
     resumed = load_torch(folder / "checkpoint.pt")

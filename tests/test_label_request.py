@@ -134,7 +134,7 @@ def test_logits_that_are_not_there_are_missed_only_where_needed(here: Path) -> N
     """A fine-tuning that left the unlabeled split out is none to ask."""
     (write_finetune() / "logits" / "unlabeled.npy").unlink()
     assert len(ask("--label_request.strategy", "Random")) == 8
-    with pytest.raises(InputError, match=r"unlabeled\.npy is not there; `make finetune` makes it"):
+    with pytest.raises(InputError, match=r"unlabeled\.npy is not there; `make finetune ARGS="):
         ask("--label_request.strategy", "Margin", force=True)
 
 

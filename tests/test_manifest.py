@@ -191,6 +191,13 @@ def test_a_training_set_counts_an_image_once_and_holds_out_of_the_first_file(tmp
     assert np.bincount(few.label[:-1]).tolist() == [2, 2, 2, 2]
 
 
+def test_a_row_without_a_label_hides_no_later_one(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("split,index,label\ntrain,0,0\ntrain,2,\n")
+    (tmp_path / "b.csv").write_text("split,index,label\ntrain,0,1\ntrain,2,1\n")
+    train, _ = training_set([tmp_path / "a.csv", tmp_path / "b.csv"], 1.0, None, 0.0, 0)
+    assert (train.index.tolist(), train.label.tolist()) == ([0, 2], [0, 1])
+
+
 def test_what_the_encoder_learned_is_not_held_out(tmp_path: Path):
     train = tmp_path / "train.csv"
     write_manifest(train, Manifest.of("train", np.arange(40), np.arange(40) % 4), PREPARED)

@@ -203,6 +203,25 @@ def test_precision_falls_back_on_val_and_says_so(here: Path) -> None:
     assert found["precision"] == pytest.approx(100 * right.mean())
 
 
+def test_precision_is_an_upper_one_where_guesses_were_learned(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_finetune() / "trained_on.csv"
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
+    assert not record()["precision_upper"]
+    assert "at most" not in capsys.readouterr().out
+    file.write_text(file.read_text() + "unlabeled,7,1,runs/entry/finetune-0\n")
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0", force=True)
+    assert record()["precision_upper"]
+    assert f"; at most {record()['precision']:.1f} ± " in capsys.readouterr().out
+
+
+def test_logits_that_were_left_out_are_asked_for_by_the_option(here: Path) -> None:
+    (write_finetune() / "logits" / "unlabeled.npy").unlink()
+    with pytest.raises(InputError, match=r"ARGS='--finetune\.unlabeled true'` makes it"):
+        start(pseudo_label)
+
+
 @pytest.mark.parametrize("space", ["", "embeddings", "predictions"])
 def test_val_changes_no_label(here: Path, space: str) -> None:
     """Nothing of a rehearsal is chosen by its val."""

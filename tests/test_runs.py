@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from pipeline import InputError, runs
@@ -29,6 +30,14 @@ def test_a_disk_that_takes_nothing_is_one_line(number: int) -> None:
         runs.stage(raising(error))
     expected = f"error: runs/x/history.json cannot be read or written: {os.strerror(number)}"
     assert end.value.code == expected
+
+
+def test_a_gpu_that_is_too_small_is_one_line() -> None:
+    def fails() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(SystemExit, match="error: the GPU is out of memory; a smaller batch"):
+        runs.stage(fails)
 
 
 def test_what_is_no_mistake_keeps_its_traceback() -> None:

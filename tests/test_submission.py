@@ -189,6 +189,23 @@ def test_what_a_killed_run_left_is_cleared_and_an_unfinished_round_is_named(
 
 
 @pytest.mark.usefixtures("instant")
+def test_labels_that_were_not_learned_are_named(
+    contest: Contest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the submission is as it was."""
+    submit.run(*parsed())
+    assert "is submitted, but" not in capsys.readouterr().out
+    file = contest.folder / "requested-1.csv"
+    write_manifest(file, contest.manifest("unlabeled").take(np.arange(3)))
+    submit.run(*parsed())
+    said = capsys.readouterr().out
+    assert f"finetune-0 is submitted, but {file} came after it; `make finetune` learns" in said
+    assert "is up to date" in said
+    submit.run(*parsed("--submit.round=0"))  # as asked for
+    assert "came after" not in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("instant")
 def test_a_first_mismatch_leaves_nothing() -> None:
     file = runs.latest_finetune("tried") / "logits" / "val.npy"
     np.save(file, np.roll(np.load(file), 1, axis=1))
