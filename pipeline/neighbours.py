@@ -179,18 +179,18 @@ def shares(sizes: Ints, total: int) -> Ints:
     return taken
 
 
-def nearest_distinct(centers: Floats, x: Floats) -> Ints:
-    """For each center [k, d] a row of `x` [n, d] of its own, as near as can be.
+def nearest_distinct(centers: Floats, x: Floats, free: Ints) -> Ints:
+    """For each center [k, d] a row of `x` [n, d] of its own among those `free`, as near as can be.
 
     Where centers want the same row, the most similar one has it and the others their next nearest.
     Raises ValueError where there are more centers than rows.
     """
-    if len(centers) > len(x):
+    if len(centers) > len(free):
         raise ValueError(
-            f"{len(centers)} centers and {len(x)} rows; a row for each is not possible"
+            f"{len(centers)} centers and {len(free)} rows; a row for each is not possible"
         )
     chosen = np.full(len(centers), -1, np.int64)
-    free, waiting, depth = np.arange(len(x)), np.arange(len(centers)), 4
+    waiting, depth = np.arange(len(centers)), 4
     while len(waiting):
         rest = x if len(free) == len(x) else x[free]
         similarities, near = search(centers[waiting], rest, depth)

@@ -55,8 +55,7 @@ class KMeans(Strategy):
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Picks:
         centers, _ = kmeans(candidates.x, budget, self.iterations, seed)
-        free = candidates.free
-        return free[nearest_distinct(centers, candidates.x[free])], np.arange(budget)
+        return nearest_distinct(centers, candidates.x, candidates.free), np.arange(budget)
 
 
 class Typicality(Strategy):

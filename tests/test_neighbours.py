@@ -73,14 +73,14 @@ def test_kmeans_with_almost_as_many_clusters_as_rows(n: int, k: int) -> None:
     centers, _ = kmeans(x, k, 10, 0)
     assert centers.shape == (k, 12)
     assert np.isfinite(centers).all()
-    assert len(np.unique(nearest_distinct(centers, x))) == k
+    assert len(np.unique(nearest_distinct(centers, x, np.arange(len(x))))) == k
 
 
 def test_kmeans_of_equal_rows() -> None:
     x = np.repeat(unit(5, 12), 20, axis=0)
     centers, _ = kmeans(x, 40, 10, 0)
     assert np.isfinite(centers).all()
-    assert len(np.unique(nearest_distinct(centers, x))) == 40
+    assert len(np.unique(nearest_distinct(centers, x, np.arange(len(x))))) == 40
 
 
 @pytest.mark.parametrize("k", [0, 11])
@@ -197,20 +197,20 @@ def test_nearest_distinct_gives_each_center_a_row_of_its_own(
 ) -> None:
     x = np.repeat(unit(n, 3, seed), copies, axis=0)
     centers = unit(max(1, round(share * len(x))), 3, seed + 100)
-    chosen = nearest_distinct(centers, x)
+    within = np.arange(len(x))[min(copies, len(x) - len(centers)) :]  # others are not free
+    chosen = nearest_distinct(centers, x, within)
     assert len(np.unique(chosen)) == len(centers)
-    assert chosen.min() >= 0
-    assert chosen.max() < len(x)
-    similarities = centers @ x.T
+    assert np.isin(chosen, within).all()
+    similarities = np.where(np.isin(np.arange(len(x)), within), centers @ x.T, -2)
     got = similarities[np.arange(len(centers)), chosen]
     best = similarities.max(1)
     first = int(best.argmax())  # nobody can be nearer to its row than this center
     assert got[first] == pytest.approx(best[first], abs=1e-6)
-    free = np.setdiff1d(np.arange(len(x)), chosen)
+    free = np.setdiff1d(within, chosen)
     if len(free):  # a row left over is no nearer to any center than the row that it has
         assert (similarities[:, free].max(1) <= got + 1e-6).all()
 
 
 def test_nearest_distinct_refuses_more_centers_than_rows() -> None:
     with pytest.raises(ValueError, match="4 centers and 3 rows"):
-        nearest_distinct(unit(4, 2), unit(3, 2))
+        nearest_distinct(unit(4, 2), unit(5, 2), np.arange(3))
