@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pipeline import InputError
 from pipeline.batches import prefetch
 from pipeline.checkpoint import load_torch, save_torch
+from pipeline.convolutions import fast_convolutions
 from pipeline.feed import Feed, JoinedFeed
 from pipeline.gradient_cache import backward_in_parts
 from pipeline.methods.base import Method
@@ -59,7 +60,7 @@ class Trainer:
     _unlogged: float = 0.0  # seconds since then
 
     def __post_init__(self) -> None:
-        self.module.to(self.accelerator.device)
+        fast_convolutions(self.module).to(self.accelerator.device)
         self._optimizer = self.accelerator.prepare(self.optimizer)
         # gradients of parts are averaged over the ranks once, not by each backward
         alone = self.feed.parts > 1
