@@ -19,7 +19,7 @@ def gradients(layer: nn.Module, x: Tensor, grad: Tensor, bf16: bool) -> list[Ten
     return [t.double() for t in found if t is not None]
 
 
-@pytest.mark.parametrize("size", [1, 3, 4, 7])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize(
     ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0)]
 )

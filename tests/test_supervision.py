@@ -148,7 +148,7 @@ def test_every_method_takes_labels_and_parts_equal_the_whole(variant: str) -> No
 
 def test_a_supervised_run_draws_classes_together(tiny_contest: Path) -> None:
     """Images of a class that it learned are more alike than others, beside next to no weight."""
-    options = ["--pretrain.steps=60", "--pretrain.batch_size=32", "--pretrain.knn_evals=0"]
+    options = ["--pretrain.steps=150", "--pretrain.batch_size=32", "--pretrain.knn_evals=0"]
     options += ["--pretrain.optimizer.lr=0.1", "--evaluate.unlabeled=false", "--entry=joined"]
     options += ["--pretrain.supervision=SupervisedContrast", "--pretrain.supervision.share=0.5"]
     found = []
@@ -162,7 +162,7 @@ def test_a_supervised_run_draws_classes_together(tiny_contest: Path) -> None:
         same, others = learned.label[:, None] == learned.label, ~np.eye(len(x), dtype=bool)
         cosines = x @ x.T
         found.append(cosines[same & others].mean() - cosines[~same].mean())
-    assert found[1] > 1.3 * found[0]
+    assert found[1] > 1.5 * found[0]
 
 
 def test_what_was_learned_is_never_held_out_of_fine_tuning(tiny_contest: Path) -> None:
