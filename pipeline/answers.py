@@ -68,17 +68,20 @@ def shown(indices: Ints) -> str:
     return ", ".join(f"{n}.png" for n in indices[:3]) + (", …" if len(indices) > 3 else "")
 
 
-def read_answer(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
+def read_answer(
+    path: Path, request: Path, indices: Ints, classes: int, known: npt.NDArray[np.bool_]
+) -> Ints:
     """The labels [n] of the images `indices` that the file `request` asks for, in its order.
 
     `path` is a torch file with one int64 tensor in the order of the request, or a CSV of
-    `N.png,label` or `N,label` in any order, with or without a header.  Raises InputError, naming
-    file and row, where it does not answer just this request with labels of 0 to classes - 1.
+    `N.png,label` or `N,label` in any order, with or without a header, which may leave out images
+    whose labels are `known` [n] (-1).  Raises InputError, naming file and row, where it does not
+    answer just this request with labels of 0 to classes - 1.
     """
     if path.suffix.lower() in (".pt", ".pth"):
         return _read_tensor(path, request, indices, classes)
     if path.suffix.lower() in (".csv", ".txt"):
-        return _read_csv(path, request, indices, classes)
+        return _read_csv(path, request, indices, classes, known)
     raise InputError(
         f"{path}: an answer is a .pt file (an int64 tensor), a .csv (N.png,label) or a .json "
         f"(Label Studio's export)"
@@ -119,7 +122,9 @@ def _read_tensor(path: Path, request: Path, indices: Ints, classes: int) -> Ints
     return labels
 
 
-def _read_csv(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
+def _read_csv(
+    path: Path, request: Path, indices: Ints, classes: int, known: npt.NDArray[np.bool_]
+) -> Ints:
     place = {int(index): n for n, index in enumerate(indices)}
     labels = np.full(len(indices), -1, np.int64)
     seen: dict[int, int] = {}
@@ -140,7 +145,7 @@ def _read_csv(path: Path, request: Path, indices: Ints, classes: int) -> Ints:
                 f"{path}: row {row} ({index}.png) has label {label}; 0 to {classes - 1} is expected"
             )
         labels[place[index]], seen[index] = label, row
-    missing = indices[labels < 0]
+    missing = indices[(labels < 0) & ~known]
     if len(missing):
         raise InputError(
             f"{path} lacks {len(missing):,} of the {len(indices):,} labels that {request} asks "

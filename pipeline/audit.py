@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 from cleanlab.filter import find_label_issues
 from scipy.special import softmax
+from scipy.stats import mode
 from sklearn.model_selection import StratifiedKFold
 
-from pipeline import InputError
 from pipeline.metrics import chunks, fit_linear
-from pipeline.neighbours import graph, search
+from pipeline.neighbours import graph, search_along
 from pipeline.packed import Pool
 from pipeline.progress import progress
 
@@ -101,14 +101,15 @@ class Doubts:
 def doubtful_labels(x: Floats, labels: Ints, classes: int, c: float, seed: int) -> Doubts:
     """Labels [n] that unit embeddings `x` [n, d] deny: those that confident learning finds (arXiv
     1911.00068, by cleanlab, pruned by class and by noise rate) with probabilities of five-fold
-    cross-validated logistic regressions, ranked by these and by what the nearest labeled images
-    say.
+    cross-validated logistic regressions, and those that none of the 20 nearest labeled images has
+    while more than half of these have another; ranked by both.
 
-    Raises InputError where no class has two labels.
+    None where no class has two labels.
     """
     most = int(np.bincount(labels, minlength=1).max())
     if most < 2:
-        raise InputError("audit: no class of train has two labels; two or more are expected")
+        none = np.arange(0)
+        return Doubts(none, none, none.astype(np.float32), none.astype(np.float32))
     probabilities = np.zeros((len(x), classes), np.float32)
     folds = StratifiedKFold(min(5, most), shuffle=True, random_state=seed)
     with warnings.catch_warnings():
@@ -118,15 +119,33 @@ def doubtful_labels(x: Floats, labels: Ints, classes: int, c: float, seed: int) 
             probabilities[asked] = softmax(x[asked] @ weight.T + bias, axis=1)
         seen, codes = np.unique(labels, return_inverse=True)
         p = probabilities[:, seen] / probabilities[:, seen].sum(1, keepdims=True)
-        rows = np.flatnonzero(find_label_issues(codes, p, filter_by="both", n_jobs=1))
-    near = search(x[rows], x, _VOTES + 1)[1]
-    itself = near == rows[:, None]
-    same = (labels[near] == labels[rows, None]) & ~itself
-    agreement = (same.sum(1) / np.maximum((~itself).sum(1), 1)).astype(np.float32)
+        wrong = find_label_issues(codes, p, filter_by="both", n_jobs=1)
+    near = search_along(x, x, _VOTES + 1, "nearest labels")[1]
+    itself = near == np.arange(len(x))[:, None]
+    around = np.where(itself, -1, labels[near])
+    others = np.maximum((~itself).sum(1), 1)
+    agreement = ((around == labels[:, None]).sum(1) / others).astype(np.float32)
+    common, times = mode(around, axis=1)
+    rows = np.flatnonzero(wrong | ((agreement == 0) & (times > others / 2)))
     confidence = p[rows, codes[rows]]
-    order = np.argsort(confidence + agreement, kind="stable")
-    suggested = seen[p[rows].argmax(1)]
-    return Doubts(rows[order], suggested[order], confidence[order], agreement[order])
+    best = seen[p[rows].argmax(1)]
+    suggested = np.where(best == labels[rows], common[rows], best)
+    order = np.argsort(confidence + agreement[rows], kind="stable")
+    return Doubts(rows[order], suggested[order], confidence[order], agreement[rows][order])
+
+
+def of_every_kind(splits: Sequence[str] | npt.NDArray[np.str_], copies: Copies) -> Ints:
+    """Positions [p] of pairs, those of each two splits and with equal hashes or not in turn, so
+    that the first few show all that there is.
+    """
+    of = np.asarray(splits)
+    names = np.sort(np.stack([of[copies.first], of[copies.second]], 1), axis=1)
+    kinds = [f"{a} {b} {same}" for (a, b), same in zip(names, copies.hashed, strict=True)]
+    turn: dict[str, int] = {}
+    rank = np.empty(len(kinds), np.int64)
+    for k, kind in enumerate(kinds):
+        rank[k] = turn[kind] = turn.get(kind, -1) + 1
+    return np.argsort(rank, kind="stable")
 
 
 def counts(names: Sequence[str], copies: Copies) -> dict[str, int]:

@@ -186,9 +186,11 @@ def probe(
     size: int,
     contest: Contest,
     c: float,
+    weights: npt.NDArray[np.float32] | None = None,
 ) -> None:
     """Set the linear head to a logistic regression on the frozen encoder's outputs for the pool's
-    images; rank 0 computes it, on every core, as launchers leave one thread to each of several.
+    images, each of which counts as much as its weight; rank 0 computes it, on every core, as
+    launchers leave one thread to each of several.
 
     Outputs are scaled by their mean length, so that `c` means what it means on unit-length
     embeddings.
@@ -198,7 +200,7 @@ def probe(
     length = float(np.linalg.norm(x, axis=1).mean())
     if rank() == 0:
         with threadpool_limits(os.cpu_count() if world_size() > 1 else None):
-            weight, bias = fit_linear(x / length, labels, contest.classes, c)
+            weight, bias = fit_linear(x / length, labels, contest.classes, c, weights=weights)
         with torch.no_grad():
             classifier.head.weight.copy_(torch.from_numpy(weight / length))  # type: ignore[operator]
             classifier.head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator]

@@ -231,7 +231,7 @@ def put(path: Path, target: str, text: str) -> None:
     Raises InputError where the comments are not there once, one after the other.
     """
     begin, end = marks(target)
-    old = path.read_text() if path.is_file() else ""
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
     if begin not in old and end not in old:
         old = f"{old.rstrip()}\n\n{begin}\n{end}\n".lstrip()
     head, _, rest = old.partition(begin)
@@ -239,7 +239,7 @@ def put(path: Path, target: str, text: str) -> None:
     if not found or old.count(begin) + old.count(end) > 2:
         raise InputError(f"{path}: {begin} and {end}, once each, are expected around the table")
     with runs.replacing(path) as aside:
-        aside.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
+        aside.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
 
 
 def of_one_contest(names: Sequence[str]) -> None:

@@ -279,7 +279,7 @@ def report(defects: Sequence[Defect], everything: Path) -> InputError:
     lines = _lines(defects)
     if len(lines) > _SHOWN:
         everything.parent.mkdir(parents=True, exist_ok=True)
-        everything.write_text("\n".join(lines) + "\n")
+        everything.write_text("\n".join(lines) + "\n", encoding="utf-8")
         lines = [*lines[:_SHOWN], f"… and {len(lines) - _SHOWN} more; the whole list: {everything}"]
     advice = "mend them, or go on without them: --skip-bad"
     fatal = [d.file for d in defects if not d.skippable]

@@ -54,6 +54,18 @@ def initial_encoder(recipe: "Recipe", pretrained: Path | None) -> tuple[nn.Modul
     return encoder, spec
 
 
+def label_weights(
+    train: Manifest, is_balanced: bool, by_confidence: bool
+) -> npt.NDArray[np.float32]:
+    """How much each label [n] counts in the probe: as often as `balanced` shows it, as much as it
+    is sure.
+    """
+    shown = balanced(train.label) if is_balanced else np.arange(len(train))
+    counts = np.bincount(shown, minlength=len(train))
+    weights = counts * train.confidence if by_confidence else counts
+    return weights.astype(np.float32)
+
+
 def finetuner(
     recipe: "Recipe",
     contest: Contest,
@@ -161,6 +173,6 @@ def report(folder: Path, contest: Contest, held: Manifest) -> dict[str, float | 
         labels[rows], predicted, labels=numbers, target_names=contest.names, zero_division=0
     )
     with runs.replacing(folder / "report.txt") as aside:
-        aside.write_text(text)
+        aside.write_text(text, encoding="utf-8")
     confusion(folder / "confusion.png", labels[rows], predicted, contest.names)
     return scores

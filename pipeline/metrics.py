@@ -128,12 +128,18 @@ def knn_scores(
 
 
 def fit_linear(
-    x: Floats, labels: Ints, classes: int, c: float = 10.0, iterations: int = 200
+    x: Floats,
+    labels: Ints,
+    classes: int,
+    c: float = 10.0,
+    iterations: int = 200,
+    weights: Floats | None = None,
 ) -> tuple[Floats, Floats]:
     """Multinomial logistic regression on `x` [n, d]: weight [classes, d] and bias [classes].
 
-    `c` is scikit-learn's inverse regularization.  Logits are `x @ weight.T + bias`; classes without
-    an example get zero weights and a bias 20 below the smallest: they are never predicted.
+    `c` is scikit-learn's inverse regularization; `weights` [n] are how much each row counts.
+    Logits are `x @ weight.T + bias`; classes without an example get zero weights and a bias 20
+    below the smallest: they are never predicted.
     """
     from sklearn.exceptions import ConvergenceWarning  # here: a second that few stages need
     from sklearn.linear_model import LogisticRegression
@@ -153,7 +159,7 @@ def fit_linear(
     ):
         warnings.simplefilter("ignore", ConvergenceWarning)  # stopped early it is good enough
         for _ in range(0, iterations, _STRETCH):
-            model.fit(x, labels)
+            model.fit(x, labels, weights)
             advance(int(model.n_iter_[0]))
             if model.n_iter_[0] < _STRETCH:
                 break

@@ -67,16 +67,7 @@ class Candidates:
         if self.near_duplicate > 1:
             return np.arange(len(self.x))
         copies = self.known >= self.near_duplicate
-        similarities, near = self.graph
-        row, column = np.nonzero(similarities >= self.near_duplicate)
-        shape = len(copies), len(copies)
-        pairs = csr_matrix((np.ones(len(row), np.bool_), (row, near[row, column])), shape)
-        pairs = pairs + pairs.T
-        start, other = pairs.indptr, pairs.indices
-        for k in np.flatnonzero(np.diff(start)):  # in order: what becomes of k is settled
-            if not copies[k]:
-                of_k = other[start[k] : start[k + 1]]
-                copies[of_k[of_k > k]] = True
+        _mark_copies(copies, *self.graph, self.near_duplicate)
         return np.flatnonzero(~copies)
 
     def _probabilities(self, positions: Ints) -> tuple[Floats, Floats]:
@@ -192,23 +183,40 @@ def choose(strategy: Strategy, candidates: Candidates, budget: int, seed: int) -
     return Request(candidates.eligible[picks[order]], groups[order])
 
 
+def _mark_copies(
+    copies: npt.NDArray[np.bool_], similarities: Floats, near: Ints, threshold: float
+) -> Ints:
+    """Mark in `copies` [n], in order, what is as similar as `threshold` to an earlier row that is
+    not marked itself, by each row's neighbors [n, k]; these originals.
+    """
+    row, column = np.nonzero(similarities >= threshold)
+    shape = len(copies), len(copies)
+    pairs = csr_matrix((np.ones(len(row), np.bool_), (row, near[row, column])), shape)
+    pairs = pairs + pairs.T
+    start, other, originals = pairs.indptr, pairs.indices, []
+    for k in np.flatnonzero(np.diff(start)):  # in order: what becomes of k is settled
+        of_k = other[start[k] : start[k + 1]]
+        if not copies[k] and (of_k > k).any():
+            copies[of_k[of_k > k]] = True
+            originals.append(k)
+    return np.array(originals, np.int64)
+
+
 def _copies(candidates: Candidates, picks: Ints) -> Ints:
     """Free positions that are near-duplicates of an earlier one of the `picks`: those that an
     approximate graph, or more copies than it has neighbors, let through.
     """
     if candidates.near_duplicate > 1:
         return picks[:0]
-    x, free = candidates.x, candidates.free
-    similarities, near = search(x[picks], x[picks], 3)
-    row, column = np.nonzero(similarities >= candidates.near_duplicate)
-    pairs = np.sort(np.stack([picks[row], picks[near[row, column]]], 1), axis=1)
-    originals, later = pairs[pairs[:, 0] < pairs[:, 1]].T
-    originals = np.unique(originals)
+    x, free, picks = candidates.x, candidates.free, np.sort(picks)
+    copies = np.zeros(len(picks), np.bool_)
+    found = search(x[picks], x[picks], NEIGHBORS)
+    originals = picks[_mark_copies(copies, *found, candidates.near_duplicate)]
     if not len(originals):
         return originals
     nearest = search(x[free], x[originals], 1)[0].max(1, initial=-1)
-    copies = np.union1d(free[nearest >= candidates.near_duplicate], later)
-    return np.setdiff1d(copies, originals)
+    of_free = free[nearest >= candidates.near_duplicate]
+    return np.setdiff1d(np.union1d(of_free, picks[copies]), originals)
 
 
 def check_logits(contest: Contest, file: Path) -> None:

@@ -76,12 +76,15 @@ def _look(
         out / "duplicates.csv", columns, copies.cosine, copies.hashed.astype(int), *of[0], *of[1]
     )
     rows = []
-    for a, b, value in list(zip(*pairs, copies.cosine, strict=True))[:_SHOWN]:
-        tiles = [_tile(images, k, pixels, names) for k in (a, b)]
-        rows.append((f"cosine {value:.3f}", tiles))
+    for k in audit.of_every_kind(images.split, copies)[:_SHOWN]:
+        a, b = copies.first[k], copies.second[k]
+        where = f"{images.split[a]}/{images.index[a]}.png\n{images.split[b]}/{images.index[b]}.png"
+        tiles = [_tile(images, row, pixels, names) for row in (a, b)]
+        rows.append((f"{where}\ncosine {copies.cosine[k]:.3f}", tiles))
     found = audit.counts(images.split.tolist(), copies)
     said = ", ".join(f"{n:,} in {where}" for where, n in found.items()) or "none"
-    image_rows(out / "duplicates.png", rows, f"Pairs that look the same: {said}")
+    note = "the most similar within and between splits, by embedding and by hash, in turn"
+    image_rows(out / "duplicates.png", rows, f"Pairs that look the same: {said}", note)
     runs.say(f"pairs that look the same: {said}")
     return found, _labels(recipe, contest, images, x, out, pixels)
 
@@ -111,6 +114,8 @@ def _labels(
             tiles.append(_tile(train, n, pixels, names, GREEN if same else RED))
         rows.append((f"train/{wrong.index[k]}.png\nrather {labels[1][k]}", tiles))
     said = f"{len(wrong):,} of {len(train):,} labels of train look wrong"
+    if len(np.unique(train.label)) == len(train):
+        said += " (none can be judged: no class has two)"
     note = "the most doubtful first; beside each its nearest labeled images, green of its class"
     image_rows(out / "labels.png", rows, said, note)
     runs.say(said)

@@ -19,6 +19,8 @@ from pipeline.manifest import Contest, load_contest
 from pipeline.propagation import Propagation
 from pipeline.pseudo_labels import Predictor, Softmax
 
+FLOOR = "none"  # as compare-requests names its runs without a request
+REQUESTS = Path("docs/requests")
 COVERAGES = (25, 50)  # percent of the images, the surest ones
 PREDICTORS: dict[str, Predictor] = {
     "arg-max": Softmax(),
@@ -38,11 +40,8 @@ def run(argv: list[str]) -> None:
     truth = labeling.true_labels(contest)
     if truth is None:
         raise InputError(f"{contest.oracle} is not there; a rehearsal's true labels are expected")
-    found = sorted(entry.glob("requests/none-s*/logits/unlabeled.npy"))
-    folders = [file.parent.parent for file in found] or [runs.latest_finetune(entry.name)]
-    folders = [runs.finished(folder, "make compare-requests") for folder in folders]
     records = []
-    for folder in folders:
+    for folder in _classifiers(entry):
         for name, predictor in PREDICTORS.items():
             precision = _precision(contest, entry, folder, truth, predictor)
             records.append({"predictor": name, "classifier": str(folder), **precision})
@@ -50,11 +49,24 @@ def run(argv: list[str]) -> None:
             runs.say(f"{folder}, {name}: {words}")
     command = shlex.join(["python", "-m", "stages.compare_pseudo_labels", *argv])
     done = {"contest": contest.name, "machine": processor(), "command": command}
-    file = Path("docs/requests") / f"{entry.name}-pseudo.json"
+    file = REQUESTS / f"{entry.name}-pseudo.json"
     runs.write_json(file, done | {"cells": records})
     text = comparison.precision_table(records, "arg-max", done)
     comparison.put(Path("docs/labels.md"), "compare-pseudo-labels", text)
     runs.say(f"wrote {file} and docs/labels.md; next: commit them")
+
+
+def _classifiers(entry: Path) -> list[Path]:
+    """The fine-tunings without a request of the last `make compare-requests`; the latest one where
+    there are none.
+    """
+    file = REQUESTS / f"{entry.name}.json"
+    cells = runs.read_json(file, "make compare-requests")["cells"] if file.is_file() else []
+    seeds = [cell["seed"] for cell in cells if cell["strategy"] == FLOOR]
+    found = [entry / "requests" / f"{FLOOR}-s{seed}" for seed in seeds]
+    found = [folder for folder in found if (folder / "logits" / "unlabeled.npy").is_file()]
+    of_which = found or [runs.latest_finetune(entry.name)]
+    return [runs.finished(folder, "make compare-requests") for folder in of_which]
 
 
 def _precision(

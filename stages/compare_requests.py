@@ -5,7 +5,8 @@ With each seed the entry's encoder is fine-tuned on train alone (the floor); the
 asks for `label_request.budget` images and gets their true labels from the rehearsal's
 OUT.oracle.pt, and the encoder is fine-tuned on both, in as many steps as the first run.  Reads
 runs/ENTRY/{pretrain, embeddings}; writes runs/ENTRY/requests/STRATEGY-sSEED, docs/requests/ENTRY.
-{json, png} and a table in docs/labels.md.  What is finished is not run again.
+{json, png} and a table in docs/labels.md.  What is finished is not run again, and records of other
+seeds and strategies stay in the table while they are of the same settings.
 """
 
 import shlex
@@ -26,6 +27,7 @@ from stages import finetune
 
 FLOOR = "none"
 DOCS = Path("docs")
+WEIGHTS = "encoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Cells:
 
 def run(argv: list[str], seeds: int, names: str) -> None:
     """Every cell that is not finished, then the table and the pictures."""
-    recipe, _, _ = config.parse("", Options, argv)
+    recipe, _, plain = config.parse("", Options, argv)
     kinds, contest, entry = _kinds(names), load_contest(recipe.data.contest), recipe.entry
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}; 1 or more is expected")
@@ -107,11 +109,19 @@ def run(argv: list[str], seeds: int, names: str) -> None:
     file, budget = DOCS / "requests" / f"{entry}.json", recipe.label_request.budget
     command = shlex.join(["python", "-m", "stages.compare_requests", *argv])
     done = {"contest": contest.name, "budget": budget, "machine": processor(), "command": command}
-    records = list[dict[str, Any]]()
+    decided = {"budget": budget, "near_duplicate": recipe.label_request.near_duplicate}
+    inputs = [contest.folder / "contest.json"]
+    inputs.append(runs.require(cells.folder.with_name("pretrain") / WEIGHTS, "make pretrain"))
+    sections, asked = ["encoder", "finetune", "label_request"], plain | {"label_request": decided}
+    done["facts"] = runs.Run.of(cells.folder, asked, sections, inputs).facts
+    old = runs.read_json(file, "make compare-requests") if file.is_file() else {}
+    kept = old["cells"] if old.get("facts") == done["facts"] else []
+    of_cell = {(record["strategy"], record["seed"]): record for record in kept}
     for seed in range(seeds):
-        records.append(cells.tune(FLOOR, seed))
+        of_cell[FLOOR, seed] = cells.tune(FLOOR, seed)
         cells.ask(kinds, seed)
-        records += [cells.tune(kind.__name__, seed) for kind in kinds]
+        of_cell |= {(kind.__name__, seed): cells.tune(kind.__name__, seed) for kind in kinds}
+        records = [*of_cell.values()]
         runs.write_json(file, done | {"cells": records})
         title = f"{budget:,} labels of {contest.name}"
         accuracies(file.with_suffix(".png"), records, FLOOR, title)

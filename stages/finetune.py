@@ -18,7 +18,7 @@ from pipeline.classifiers import Classifier, build_head, freeze, probe
 from pipeline.distributed import barrier
 from pipeline.draws import learned_labels, training_set
 from pipeline.encoders import features
-from pipeline.finetuning import finetuner, initial_encoder, report
+from pipeline.finetuning import finetuner, initial_encoder, label_weights, report
 from pipeline.inference import check_size, predict_split
 from pipeline.machine import make_accelerator
 from pipeline.manifest import (
@@ -126,7 +126,8 @@ def run(
     classifier.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     begun = not force and _goes_on(facts)
     if c.probe_first and c.head == "linear" and c.init != "scratch" and not begun:
-        probe(classifier, contest.pool(train), train.label, size, contest, c.probe_c)
+        weights = label_weights(train, c.balanced, c.weigh_by_confidence)
+        probe(classifier, contest.pool(train), train.label, size, contest, c.probe_c, weights)
     freeze(encoder, c.train, c.blocks)
     seen = contest.manifest("val").usable() if c.monitor == "val" else held
     trainer = finetuner(recipe, contest, classifier, accelerator, facts, train, seen, size)

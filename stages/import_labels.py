@@ -53,15 +53,19 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     runs.require(request, "make label-request")
     indices = read_request(request, contest.images("unlabeled"))
     check_request(request, indices)
+    known, of_file = _known(contest, indices, earlier)
     if answer.suffix.lower() == ".json":
-        labels = _read_export(answer, request, indices, contest, earlier)
-        if not (labels >= 0).any():
-            runs.say(f"every label in {answer} was imported before; next: make finetune")
-            return [file for file, m in earlier.items() if np.isin(indices, m.index).any()][-1]
-        indices, labels = indices[labels >= 0], labels[labels >= 0]
+        export = label_studio.read_export(answer, request, indices, contest.names)
+        _check_same(answer, indices, export.labels, known, of_file, contest.names)
+        labels = _open_labels(answer, request, indices, export, known, contest.names)
     else:
-        labels = read_answer(answer, request, indices, contest.classes)
-        _check_unlabeled(answer, indices, earlier)
+        labels = read_answer(answer, request, indices, contest.classes, known >= 0)
+        _check_same(answer, indices, labels, known, of_file, contest.names)
+    new = (known < 0) & (labels >= 0)
+    if not new.any():
+        runs.say(f"every label in {answer} was imported before; next: make finetune")
+        return [file for file, m in earlier.items() if np.isin(indices, m.index).any()][-1]
+    indices, labels = indices[new], labels[new]
     number = 1 + max((int(file.stem.split("-")[1]) for file in earlier), default=0)
     out, order = folder / f"requested-{number}.csv", np.argsort(indices)
     manifest = Manifest.of(
@@ -87,42 +91,50 @@ def _check_images(
         )
 
 
-def _check_unlabeled(answer: Path, indices: Ints, earlier: dict[Path, Manifest]) -> None:
-    """Raise InputError where an earlier answer has labels of the images `indices`."""
-    for file, manifest in earlier.items():
-        both = indices[np.isin(indices, manifest.index[manifest.split == "unlabeled"])]
-        if len(both):
-            raise InputError(
-                f"{answer}: {len(both):,} of its images, {both[0]}.png first, are labeled in "
-                f"{file}; labels of other images are expected (delete {file} to replace it)"
-            )
+def _known(
+    contest: Contest, indices: Ints, earlier: dict[Path, Manifest]
+) -> tuple[Ints, list[Path | None]]:
+    """The labels [n] that earlier answers gave the images `indices` [n] (-1: none), and where."""
+    label = np.full(contest.images("unlabeled"), -1, np.int64)
+    number, files = label.copy(), [*earlier]
+    for k, manifest in enumerate(earlier.values()):
+        of = (manifest.split == "unlabeled") & (manifest.label >= 0)
+        label[manifest.index[of]], number[manifest.index[of]] = manifest.label[of], k
+    return label[indices], [files[k] if k >= 0 else None for k in number[indices]]
 
 
-def _read_export(
-    answer: Path, request: Path, indices: Ints, contest: Contest, earlier: dict[Path, Manifest]
+def _check_same(
+    answer: Path,
+    indices: Ints,
+    labels: Ints,
+    known: Ints,
+    of_file: list[Path | None],
+    names: list[str],
+) -> None:
+    """Raise InputError where an earlier answer gave another label."""
+    differs = (known >= 0) & (labels >= 0) & (known != labels)
+    if differs.any():
+        k = int(differs.argmax())
+        raise InputError(
+            f"{answer}: {differs.sum():,} of its labels, {indices[k]}.png's first, differ from "
+            f"those imported before: {names[labels[k]]!r}, and {names[known[k]]!r} in "
+            f"{of_file[k]}; the same is expected (delete {of_file[k]} to replace it)"
+        )
+
+
+def _open_labels(
+    answer: Path,
+    request: Path,
+    indices: Ints,
+    export: label_studio.Export,
+    known: Ints,
+    names: list[str],
 ) -> Ints:
-    """The labels [n] in an export of Label Studio that no earlier answer has; -1 for the others.
+    """The labels [n] in an export of Label Studio, -1 where it has none.
 
     Says what is missing and what annotators disagree on.  Raises InputError where there is no
-    label at all, or where an earlier answer has another one.
+    label at all.
     """
-    names = contest.names
-    export = label_studio.read_export(answer, request, indices, names)
-    known = np.full(len(indices), -1, np.int64)
-    for file, manifest in earlier.items():
-        before = np.full(contest.images("unlabeled"), -1, np.int64)
-        of = manifest.split == "unlabeled"
-        before[manifest.index[of]] = manifest.label[of]
-        there = before[indices]
-        differs = (there >= 0) & (export.labels >= 0) & (there != export.labels)
-        if differs.any():
-            k = int(differs.argmax())
-            raise InputError(
-                f"{answer}: {differs.sum():,} of its labels, {indices[k]}.png's first, differ from "
-                f"those imported before: {names[export.labels[k]]!r}, and {names[there[k]]!r} in "
-                f"{file}; the same is expected (delete {file} to replace it)"
-            )
-        known = np.where(there >= 0, there, known)
     open_ = (export.labels < 0) & (known < 0)
     disputed = np.isin(indices, list(export.disputed))
     label_studio.write_disagreements(label_studio.disagreements_file(request), export, names)
@@ -139,7 +151,7 @@ def _read_export(
             f"{len(missing):,} of the {len(indices):,} images asked for have no label yet: "
             f"{shown(missing)}; import a later export when they have"
         )
-    return np.where(known < 0, export.labels, -1)
+    return export.labels
 
 
 def _say_disputed(request: Path, export: label_studio.Export, names: list[str], known: int) -> None:

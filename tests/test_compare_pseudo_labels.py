@@ -20,10 +20,14 @@ def here(here: Path) -> Path:
     made = {"asked": {"root": str(here / "small")}}
     Path("data/small/made_from.json").write_text(json.dumps(made))
     torch.save(torch.tensor([label("unlabeled", k) for k in range(60)]), "small.oracle.pt")
-    for seed in range(2):
+    for seed in range(3):
         folder = write_finetune(seed, sharp=1.0)
         Path("runs/entry/requests").mkdir(exist_ok=True)
         shutil.move(folder, f"runs/entry/requests/none-s{seed}")
+    cells = [("none", 0), ("Random", 0), ("none", 1), ("Random", 2)]  # none-s2 is of another one
+    Path("docs/requests").mkdir(parents=True)
+    record = {"cells": [{"strategy": name, "seed": seed} for name, seed in cells]}
+    Path("docs/requests/entry.json").write_text(json.dumps(record))
     return here
 
 

@@ -85,6 +85,7 @@ def test_each_cell_is_run_once_with_its_controls(
     monkeypatch.setattr(finetune, "finetuner", never)
     assert compare() == records
     assert Path("docs/labels.md").read_text() == text
+    assert compare(1, "Margin") == records  # what was compared before stays
 
 
 def test_an_interrupted_comparison_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import InputError, config, inference, runs
+from pipeline import InputError, config, finetuning, inference, runs
 from pipeline.checkpoint import load_tensors, load_torch
 from pipeline.classifiers import Classifier, Supervised, build_head, freeze, load_classifier
 from pipeline.encoders import build_encoder
@@ -407,12 +407,73 @@ def test_a_resumed_round_is_bit_identical(
     assert all(torch.equal(v, resumed["module"][k]) for k, v in whole["module"].items())
 
 
-def test_all_that_regularizes_goes_together(pretrained: Path) -> None:
-    """Layer-wise rates, both mixes, balance and weights change what is learned."""
+class Built(Exception):
+    pass
+
+
+def trainer_of(monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Any, list[Any]]:
+    """The trainer of a round before its first step, and what its probe was given."""
+    made, probes, whole = list[Any](), list[Any](), finetuning.finetuner
+
+    def stop(*args: Any) -> None:
+        made.append(whole(*args))
+        raise Built
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "finetuner", stop)
+        patch.setattr(finetune, "probe", lambda *args: probes.append(args))
+        with pytest.raises(Built):
+            run(*options, "--finetune.holdout=0")
+    return made[0], probes
+
+
+def test_every_option_reaches_its_place(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each alone; nothing of it by itself."""
     write_more()
-    whole = load_tensors(run(*MIXED) / "classifier.safetensors")[0]
-    plain = load_tensors(run(*MIXED[:2], force=True) / "classifier.safetensors")[0]
-    assert not torch.equal(whole["head.weight"], plain["head.weight"])
+    more = "--finetune.manifests=[train,more.csv]"
+    plain, probes = trainer_of(monkeypatch, more)
+    module, feed = plain.module, plain.feed
+    assert (module.ema, module.averaged, module.mix, module.label_smoothing) == (0, None, None, 0.1)
+    labels, weights = feed.targets
+    assert labels.bincount().tolist() == [29, 20, 20, 20]  # more.csv has nine of class 0
+    assert (weights == 1).all()
+    assert [group["lr_factor"] for group in plain.optimizer.param_groups].count(0.1) >= 1
+    factors = {group["lr_factor"] for group in plain.optimizer.param_groups}
+    assert factors == {1.0, 0.1}
+    [(_, pool, known, *_, given)] = probes
+    assert len(pool) == len(known) == 89
+    assert (given == 1).all()
+
+    balanced, [(*_, given)] = trainer_of(monkeypatch, more, "--finetune.balanced=true")
+    assert balanced.feed.targets[0].bincount().tolist() == [29] * 4
+    assert np.bincount(known, given).tolist() == [29] * 4
+    sure, [(*_, given)] = trainer_of(monkeypatch, more, "--finetune.weigh_by_confidence=true")
+    expected = np.r_[np.ones(80), np.linspace(0.1, 0.9, 9)]
+    np.testing.assert_allclose(np.sort(sure.feed.targets[1]), np.sort(expected), rtol=1e-3)
+    np.testing.assert_array_equal(given, sure.feed.targets[1])
+
+    averaged = trainer_of(monkeypatch, "--finetune.ema=0.5")[0].module
+    assert averaged.ema == 0.5
+    assert averaged.final() is averaged.averaged
+    for options, kinds in (
+        (["--finetune.mixup=0.4"], [("MixUp", 0.4)]),
+        (["--finetune.cutmix=0.7"], [("CutMix", 0.7)]),
+        (["--finetune.mixup=0.4", "--finetune.cutmix=1"], [("MixUp", 0.4), ("CutMix", 1.0)]),
+    ):
+        mix = trainer_of(monkeypatch, *options)[0].module.mix
+        assert [(type(m).__name__, m.alpha) for m in mix.transforms] == kinds
+    layered = trainer_of(monkeypatch, "--finetune.layer_decay=0.5")[0].optimizer.param_groups
+    factors = {round(group["lr_factor"], 6) for group in layered}
+    assert factors > {1.0, 0.1, 0.05, 0.025}
+    smooth = trainer_of(monkeypatch, "--finetune.label_smoothing=0.3")[0]
+    assert smooth.module.label_smoothing == 0.3
+    assert not trainer_of(monkeypatch, "--finetune.probe_first=false")[1]
+
+    views = ["--finetune.view.crop_scale=[0.6,1.0]", "--finetune.strong_view.solarize_p=0.7"]
+    both = trainer_of(monkeypatch, *views, "--finetune.consistency=FixMatch")[0].feed
+    weak, strong = both.unlabeled.views
+    assert (weak.crop_scale, strong.solarize_p) == ((0.6, 1.0), 0.7)
+    assert [view.crop_scale for view in both.labeled.views] == [(0.6, 1.0)]
 
 
 @pytest.mark.parametrize("kind", ["FixMatch", "FreeMatch"])

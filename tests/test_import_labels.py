@@ -274,9 +274,28 @@ def test_an_image_is_labeled_by_one_answer(asked: Path) -> None:
     with pytest.raises(InputError) as error:
         answer("label_01.pt")
     assert str(error.value) == (
-        f"label_01.pt: 4 of its images, 9.png first, are labeled in {first}; labels of other "
-        f"images are expected (delete {first} to replace it)"
+        f"label_01.pt: 4 of its labels, 9.png's first, differ from those imported before: 'cat', "
+        f"and 'bee' in {first}; the same is expected (delete {first} to replace it)"
     )
+
+
+def test_requests_may_share_images(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels that are known already are not asked for, and taken where they are the same."""
+    torch.save(torch.tensor(LABELS), "label_00.pt")
+    first = answer("label_00.pt")
+    Path("other.csv").write_text("5\n2\n9\n1\n")
+    Path("some.csv").write_text("5,3\n2,0\n1,1\n")
+    second = read_manifest(answer("some.csv", request=Path("other.csv")))
+    assert (second.index.tolist(), second.label.tolist()) == ([1, 5], [1, 3])
+    torch.save(torch.tensor([3, 0, 1, 1]), "all.pt")
+    assert answer("all.pt", request=Path("other.csv")).name == "requested-2.csv"
+    said = capsys.readouterr().out
+    assert said.endswith("every label in all.pt was imported before; next: make finetune\n")
+    Path("wrong.csv").write_text("5,3\n2,2\n1,1\n")
+    expected = rf"1 of its labels, 2.png's first, differ .*: 'cat', and 'ant' in {first};"
+    with pytest.raises(InputError, match=expected):
+        answer("wrong.csv", request=Path("other.csv"))
+    assert len(runs.numbered(Path("data_manifests/small"), "requested")) == 2
 
 
 def test_a_mistake_ends_the_program_with_one_line(

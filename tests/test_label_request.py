@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from pipeline import InputError, config
-from pipeline.manifest import read_manifest
-from pipeline.selection import Candidates, Strategy
+from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
+from pipeline.selection import Candidates, Strategy, candidates_of
 from pipeline.strategies import Picks, Random
 from stages import import_labels, label_request
 from tests.fake_run import (
@@ -29,6 +29,22 @@ from tests.fake_run import (
     start,
     write_finetune,
 )
+
+
+def test_answers_count_as_labeled(here: Path) -> None:
+    """Their images are known in a further request, with what people said."""
+    embeddings = Path("runs/entry/embeddings")
+    first = Manifest.of("unlabeled", [2, 30, 9], [1, 3, -1])
+    write_manifest(Path("data_manifests/small/requested-1.csv"), first)
+    of = load_contest("small")
+    found = candidates_of(of, embeddings, [], [Path("data_manifests/small/requested-1.csv")], 1.1)
+    x, train = (np.load(embeddings / f"{split}.npy") for split in ("unlabeled", "train"))
+    np.testing.assert_array_equal(found.labeled, np.concatenate([train, x[[2, 30]]]))
+    assert found.labels[20:].tolist() == [1, 3]
+    assert not np.isin([2, 30], found.eligible).any()
+    assert 9 in found.eligible  # nobody knew it
+    assert found.known[found.eligible == 9] < 1
+
 
 STRATEGIES = [kind.__name__ for kind in Strategy.__subclasses__()]
 

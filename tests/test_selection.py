@@ -89,6 +89,24 @@ def test_more_copies_than_neighbors_are_kept_apart(
     assert sorted(chosen // 60) == list(range(12))
 
 
+def test_crowds_of_copies_are_kept_apart_in_a_few_rounds() -> None:
+    """A strategy that likes a crowd of 2,000 near-copies best is asked a few times, not dozens."""
+    rng, asked = np.random.default_rng(0), list[int]()
+    x = rng.standard_normal((2500, 8))
+    x[:2000] = x[0] + 1e-4 * rng.standard_normal((2000, 8))
+    given = pool(x, rng.random(len(x)))
+    given.near_duplicate = 0.999
+    given.free = np.arange(len(x))  # as if the graph knew of none
+
+    def crowd(candidates: Candidates, budget: int, seed: int) -> Picks:
+        asked.append(len(candidates.free))
+        return candidates.free[:budget], None
+
+    found = choose(crowd, given, 200, 0).indices  # type: ignore[arg-type]
+    assert (found < 2000).sum() == 1
+    assert len(asked) <= 4
+
+
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_a_request_does_not_depend_on_those_before(kind: type[Strategy]) -> None:
     """Strategies share what they compute of the candidates."""
