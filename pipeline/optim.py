@@ -156,9 +156,13 @@ def build_optimizer(
         del group["adapt"]
     if config.name == "sgd":
         nesterov = config.nesterov
-        return torch.optim.SGD(groups, lr, config.momentum, nesterov=nesterov, foreach=True)
+        sgd = torch.optim.SGD(groups, lr, config.momentum, nesterov=nesterov, fused=True)
+        if config.momentum:  # which a fused step needs of all parameters, from the first on
+            for parameter in (p for group in groups for p in group["params"]):
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(groups, lr, betas=config.betas, foreach=True)
+    return kind(groups, lr, betas=config.betas, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
