@@ -126,7 +126,8 @@ def doubtful_labels(x: Floats, labels: Ints, classes: int, c: float, seed: int) 
     others = np.maximum((~itself).sum(1), 1)
     agreement = ((around == labels[:, None]).sum(1) / others).astype(np.float32)
     common, times = mode(around, axis=1)
-    rows = np.flatnonzero(wrong | ((agreement == 0) & (times > others / 2)))
+    alone = np.bincount(labels)[labels] == 1  # nothing else can have it
+    rows = np.flatnonzero(wrong | ((agreement == 0) & (times > others / 2) & ~alone))
     confidence = p[rows, codes[rows]]
     best = seen[p[rows].argmax(1)]
     suggested = np.where(best == labels[rows], common[rows], best)

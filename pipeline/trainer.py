@@ -1,5 +1,6 @@
 """The one training loop: forward, backward, before_update, step, after_update."""
 
+import copy
 import signal
 import statistics
 import time
@@ -126,7 +127,7 @@ class Trainer:
     def _seconds(self, resolution: int) -> float:
         """Median time of a step at `resolution`, on the real module, which is then put back."""
         module = {k: v.clone() for k, v in self.module.state_dict().items()}
-        optimizer = self.optimizer.state_dict()
+        optimizer = copy.deepcopy(self.optimizer.state_dict())  # which are its own tensors
         warm, timed = _CALIBRATION
         times = []
         self.module.train()  # a probe leaves it in evaluation mode

@@ -1,9 +1,10 @@
 """Compare who predicts pseudo-labels on a rehearsal: precision at equal coverage, by true labels.
 
 python -m stages.compare_pseudo_labels --recipe recipes/labels98.yaml
-Reads runs/ENTRY/embeddings, the logits of every seed's fine-tuning without a request as
-`make compare-requests` leaves them (of the latest finetune-K where there are none), and the
-rehearsal's OUT.oracle.pt; writes docs/requests/ENTRY-pseudo.json and a table in docs/labels.md.
+Reads runs/ENTRY/embeddings, the logits of the fine-tunings without a request in
+docs/requests/ENTRY.json as `make compare-requests` leaves them (of the latest finetune-K where
+there are none), and the rehearsal's OUT.oracle.pt; writes docs/requests/ENTRY-pseudo.json and a
+table in docs/labels.md.
 """
 
 import shlex
@@ -57,16 +58,18 @@ def run(argv: list[str]) -> None:
 
 
 def _classifiers(entry: Path) -> list[Path]:
-    """The fine-tunings without a request of the last `make compare-requests`; the latest one where
-    there are none.
+    """The fine-tunings without a request in the table of `make compare-requests`; the latest one
+    where there are none.
     """
-    file = REQUESTS / f"{entry.name}.json"
-    cells = runs.read_json(file, "make compare-requests")["cells"] if file.is_file() else []
-    seeds = [cell["seed"] for cell in cells if cell["strategy"] == FLOOR]
-    found = [entry / "requests" / f"{FLOOR}-s{seed}" for seed in seeds]
-    found = [folder for folder in found if (folder / "logits" / "unlabeled.npy").is_file()]
-    of_which = found or [runs.latest_finetune(entry.name)]
-    return [runs.finished(folder, "make compare-requests") for folder in of_which]
+    file, found = REQUESTS / f"{entry.name}.json", list[Path]()
+    for cell in runs.read_json(file, "make compare-requests")["cells"] if file.is_file() else []:
+        folder = entry / "requests" / f"{FLOOR}-s{cell['seed']}"
+        if cell["strategy"] == FLOOR and (folder / "logits" / "unlabeled.npy").is_file():
+            runs.finished(folder, "make compare-requests")
+            made = runs.read_json(folder / "provenance.json", "make compare-requests")["results"]
+            if made["val_top1"] == cell["val_top1"]:  # not of a comparison that was begun since
+                found.append(folder)
+    return found or [runs.finished(runs.latest_finetune(entry.name), "make finetune")]
 
 
 def _precision(

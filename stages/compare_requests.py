@@ -22,7 +22,7 @@ from pipeline.machine import processor
 from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
 from pipeline.recipe import Recipe
 from pipeline.request_report import accuracies, overlap
-from pipeline.selection import Candidates, Strategy, candidates_of, choose
+from pipeline.selection import Candidates, Strategy, candidates_of, choose, embedded
 from stages import finetune
 
 FLOOR = "none"
@@ -110,8 +110,9 @@ def run(argv: list[str], seeds: int, names: str) -> None:
     command = shlex.join(["python", "-m", "stages.compare_requests", *argv])
     done = {"contest": contest.name, "budget": budget, "machine": processor(), "command": command}
     decided = {"budget": budget, "near_duplicate": recipe.label_request.near_duplicate}
-    inputs = [contest.folder / "contest.json"]
-    inputs.append(runs.require(cells.folder.with_name("pretrain") / WEIGHTS, "make pretrain"))
+    weights = runs.require(cells.folder.with_name("pretrain") / WEIGHTS, "make pretrain")
+    embeddings = embedded(cells.folder.with_name("embeddings"))
+    inputs = [contest.folder / "contest.json", weights, *embeddings]
     sections, asked = ["encoder", "finetune", "label_request"], plain | {"label_request": decided}
     done["facts"] = runs.Run.of(cells.folder, asked, sections, inputs).facts
     old = runs.read_json(file, "make compare-requests") if file.is_file() else {}
@@ -119,6 +120,7 @@ def run(argv: list[str], seeds: int, names: str) -> None:
     of_cell = {(record["strategy"], record["seed"]): record for record in kept}
     for seed in range(seeds):
         of_cell[FLOOR, seed] = cells.tune(FLOOR, seed)
+        of_cell = {cell: r for cell, r in of_cell.items() if r["steps"] == cells.steps}
         cells.ask(kinds, seed)
         of_cell |= {(kind.__name__, seed): cells.tune(kind.__name__, seed) for kind in kinds}
         records = [*of_cell.values()]

@@ -44,12 +44,15 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     folder, digest = contest.folder, runs.sha256(answer)[:16]
     earlier = {file: read_manifest(file) for file in runs.numbered(folder, "requested")}
     request = request or entry / "label_request" / f"request_{recipe.label_request.team}.csv"
+    before = None
     for file, manifest in earlier.items():
         if len(manifest) and str(manifest.source[0]).endswith(digest):
+            before = f"{answer} was imported before, as {file}; next: make finetune"
             if answer.suffix.lower() == ".pt" and request.is_file():
                 _check_images(answer, request, contest, file, manifest)
-            runs.say(f"{answer} was imported before, as {file}; next: make finetune")
-            return file
+            if not _asks_for_more(request, contest, manifest, earlier):
+                runs.say(before)
+                return file
     runs.require(request, "make label-request")
     indices = read_request(request, contest.images("unlabeled"))
     check_request(request, indices)
@@ -63,7 +66,7 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
         _check_same(answer, indices, labels, known, of_file, contest.names)
     new = (known < 0) & (labels >= 0)
     if not new.any():
-        runs.say(f"every label in {answer} was imported before; next: make finetune")
+        runs.say(before or f"every label in {answer} was imported before; next: make finetune")
         return [file for file, m in earlier.items() if np.isin(indices, m.index).any()][-1]
     indices, labels = indices[new], labels[new]
     number = 1 + max((int(file.stem.split("-")[1]) for file in earlier), default=0)
@@ -76,6 +79,18 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     runs.say(f"{len(labels):,} labels of {classes:,} of the {contest.classes:,} classes")
     runs.say(f"wrote {out}; next: make finetune")
     return out
+
+
+def _asks_for_more(
+    request: Path, contest: Contest, manifest: Manifest, earlier: dict[Path, Manifest]
+) -> bool:
+    """Whether a request asks for the images of `manifest`, and for some without a label yet."""
+    if not request.is_file():
+        return False
+    asked = read_request(request, contest.images("unlabeled"))
+    return bool(
+        np.isin(manifest.index, asked).all() and (_known(contest, asked, earlier)[0] < 0).any()
+    )
 
 
 def _check_images(

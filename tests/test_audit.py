@@ -108,6 +108,8 @@ def test_labels_are_doubted_by_the_nearest_where_no_line_divides_the_classes() -
     of_wrong = np.isin(found.rows, list(wrong))
     assert (found.suggested[of_wrong] == arc[found.rows[of_wrong]] % 2).all()
     assert (found.agreement[of_wrong] == 0).all()
+    given[0] = 2  # the only one of its class
+    assert 0 not in doubtful_labels(x, given, 3, 10.0, 0).rows
 
 
 def test_the_stage_shows_and_changes_nothing(

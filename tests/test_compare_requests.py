@@ -114,6 +114,14 @@ def test_another_budget_is_asked_for_anew(here: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("tests.test_compare_requests.ARGV", [*ARGV, "--label_request.budget=5"])
     records = compare(1, "Random")
     assert [r["labels"] for r in records] == [80, 85]
+    file = Path("docs/requests/r.json")
+    made = runs.read_json(file, "")
+    others = [r | {"seed": 1} for r in records] + [r | {"seed": 2, "steps": 1} for r in records]
+    runs.write_json(file, made | {"cells": records + others})
+    assert [r["seed"] for r in compare(1, "Random")] == [0, 0, 1, 1]  # not what took other steps
+    embeddings = Path("runs/r/embeddings/train.npy")
+    np.save(embeddings, -np.load(embeddings))
+    assert [r["seed"] for r in compare(1, "Random")] == [0, 0]
     assert len(read_manifest(Path("runs/r/requests/Random-s0.csv"))) == 5
 
 

@@ -360,6 +360,16 @@ def test_steps_are_timed_as_they_are_made(
     assert all(seen)
 
 
+def test_nothing_is_left_of_the_calibration(pretrained: Path) -> None:
+    """Neither in the weights nor in the optimizer: as many steps without one end at the same."""
+    options = ["--finetune.optimizer.warmup=0", "--finetune.evals=0"]
+    folder = run("--finetune.steps=null", "--finetune.minutes=0.005", *options)
+    calibrated = load_tensors(folder / "classifier.safetensors")[0]
+    steps = sum(read_json(folder / "plan.json", "")["steps"])
+    plain = load_tensors(run(f"--finetune.steps={steps}", *options) / "classifier.safetensors")[0]
+    assert all(torch.equal(v, plain[k]) for k, v in calibrated.items())
+
+
 MIXED = ["--finetune.manifests=[train,more.csv]", "--finetune.balanced=true"]
 MIXED += ["--finetune.mixup=0.4", "--finetune.cutmix=1.0", "--finetune.layer_decay=0.5"]
 MIXED += ["--finetune.weigh_by_confidence=true", "--finetune.ema=0.5"]

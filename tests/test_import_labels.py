@@ -296,6 +296,14 @@ def test_requests_may_share_images(asked: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(InputError, match=expected):
         answer("wrong.csv", request=Path("other.csv"))
     assert len(runs.numbered(Path("data_manifests/small"), "requested")) == 2
+    first.unlink()  # with it the labels that both had
+    Path("whole.csv").write_text("5,3\n2,0\n1,1\n9,1\n")
+    third = read_manifest(answer("whole.csv", request=Path("other.csv")))
+    assert third.index.tolist() == [2, 9]
+    Path("data_manifests/small/requested-3.csv").unlink()
+    torch.save(torch.tensor([3, 0, 1, 1]), "again.pt")
+    assert read_manifest(answer("again.pt", request=Path("other.csv"))).index.tolist() == [2, 9]
+    assert answer("again.pt", request=Path("other.csv")).name == "requested-3.csv"
 
 
 def test_a_mistake_ends_the_program_with_one_line(

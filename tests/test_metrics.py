@@ -211,3 +211,16 @@ def test_a_few_right_images_do_not_make_all_sure() -> None:
     divided = logits / fit_temperature(logits, np.arange(4))
     sure = np.exp(divided[0, 0]) / np.exp(divided[0]).sum()
     assert 0.75 < sure < 0.95
+
+
+def test_weights_count_rows_as_often() -> None:
+    """Whole weights are as repeated rows; 0 leaves a row out."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 6), dtype=np.float32)
+    labels, times = rng.integers(0, 3, 60), rng.integers(0, 4, 60)
+    found = fit_linear(x, labels, 3, c=1.0, weights=times.astype(np.float32))
+    expected = fit_linear(x.repeat(times, 0), labels.repeat(times), 3, c=1.0)
+    plain = fit_linear(x, labels, 3, c=1.0)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+    assert np.abs(found[0] - plain[0]).max() > 0.05
