@@ -44,15 +44,14 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     folder, digest = contest.folder, runs.sha256(answer)[:16]
     earlier = {file: read_manifest(file) for file in runs.numbered(folder, "requested")}
     request = request or entry / "label_request" / f"request_{recipe.label_request.team}.csv"
-    before = None
+    same: Path | None = None
     for file, manifest in earlier.items():
         if len(manifest) and str(manifest.source[0]).endswith(digest):
-            before = f"{answer} was imported before, as {file}; next: make finetune"
+            same = file
             if answer.suffix.lower() == ".pt" and request.is_file():
                 _check_images(answer, request, contest, file, manifest)
             if not _asks_for_more(request, contest, manifest, earlier):
-                runs.say(before)
-                return file
+                return _imported_before(answer, file)
     runs.require(request, "make label-request")
     indices = read_request(request, contest.images("unlabeled"))
     check_request(request, indices)
@@ -66,7 +65,9 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
         _check_same(answer, indices, labels, known, of_file, contest.names)
     new = (known < 0) & (labels >= 0)
     if not new.any():
-        runs.say(before or f"every label in {answer} was imported before; next: make finetune")
+        if same:
+            return _imported_before(answer, same)
+        runs.say(f"every label in {answer} was imported before; next: make finetune")
         return [file for file, m in earlier.items() if np.isin(indices, m.index).any()][-1]
     indices, labels = indices[new], labels[new]
     number = 1 + max((int(file.stem.split("-")[1]) for file in earlier), default=0)
@@ -79,6 +80,11 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     runs.say(f"{len(labels):,} labels of {classes:,} of the {contest.classes:,} classes")
     runs.say(f"wrote {out}; next: make finetune")
     return out
+
+
+def _imported_before(answer: Path, file: Path) -> Path:
+    runs.say(f"{answer} was imported before, as {file}; next: make finetune")
+    return file
 
 
 def _asks_for_more(
