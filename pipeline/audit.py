@@ -104,7 +104,7 @@ def doubtful_labels(x: Floats, labels: Ints, classes: int, c: float, seed: int) 
     cross-validated logistic regressions, and those that none of the 20 nearest labeled images has
     while more than half of these have another; ranked by both.
 
-    None where no class has two labels.
+    There are none where no class has two labels.
     """
     most = int(np.bincount(labels, minlength=1).max())
     if most < 2:

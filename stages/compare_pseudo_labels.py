@@ -19,8 +19,8 @@ from pipeline.machine import processor
 from pipeline.manifest import Contest, load_contest
 from pipeline.propagation import Propagation
 from pipeline.pseudo_labels import Predictor, Softmax
+from stages.compare_requests import FLOOR
 
-FLOOR = "none"  # as compare-requests names its runs without a request
 REQUESTS = Path("docs/requests")
 COVERAGES = (25, 50)  # percent of the images, the surest ones
 PREDICTORS: dict[str, Predictor] = {
