@@ -1,6 +1,7 @@
 """A classifier is an encoder and a head; which of its parts are trained, and its loss."""
 
 import copy
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from threadpoolctl import threadpool_limits
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import v2
 
 from pipeline.checkpoint import load_tensors
 from pipeline.distributed import rank, share, world_size
 from pipeline.encoders import build_encoder, features
-from pipeline.inference import predict
+from pipeline.inference import outputs_of, predict
 from pipeline.manifest import Contest
 from pipeline.metrics import fit_linear
 from pipeline.packed import Pool
@@ -52,7 +54,7 @@ class Classifier(nn.Module):
         super().train(mode)
         for module in self.encoder.modules():
             own = list(module.parameters(recurse=False))
-            norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            norm = isinstance(module, _BatchNorm)
             if norm and own and not any(p.requires_grad for p in own):
                 module.eval()
         return self
@@ -205,6 +207,33 @@ def probe(
             classifier.head.weight.copy_(torch.from_numpy(weight / length))  # type: ignore[operator]
             classifier.head.bias.copy_(torch.from_numpy(bias))  # type: ignore[operator]
     share(classifier.head)
+
+
+@torch.no_grad()
+def renew_statistics(
+    kept: Classifier, trained: Classifier, pool: Pool, size: int, contest: Contest
+) -> None:
+    """Give the batch norms of `kept` the mean and variance of the pool's images, unaugmented and
+    `size` pixels wide: precise batch norm (arXiv 2105.07576, section 3).  Those of training are of
+    mixed and cropped images, of other sizes, and of weights that moved on.  What is frozen in
+    `trained` stays.  Batches are consecutive images, so that a pool in random order is expected.
+    """
+    trained.train()
+    pairs = zip(kept.modules(), trained.modules(), strict=True)
+    norms = [own for own, other in pairs if isinstance(own, _BatchNorm) and other.training]
+    kept.eval()
+    momenta = [norm.momentum for norm in norms]
+    batch = math.ceil(len(pool) / math.ceil(len(pool) / 512))  # no small one is left for the end
+    further = contest.mean, contest.std, slice(0, len(pool)), batch, False, "batch norm"
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None  # a plain mean over the batches
+    for _ in outputs_of(kept, pool, size, *further) if norms else ():
+        pass
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    kept.eval()
 
 
 def load_classifier(path: Path) -> tuple[Classifier, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Outputs of a model over packed images, in bounded memory, on every process."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -90,27 +90,45 @@ def predict(
     the processor has it; `unit` scales each output to unit length; `part` limits the work to some
     of the images.  The model is left in evaluation mode.
     """
+    model.eval()
+    mine = part or slice(0, len(pool))
+    for at, y in outputs_of(model, pool, size, mean, std, mine, batch, exact, what):
+        y = F.normalize(y) if unit else y
+        out[at if rows is None else rows[at]] = y.cpu().numpy()
+
+
+@torch.no_grad()
+def outputs_of(
+    model: nn.Module,
+    pool: Pool,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    part: slice,
+    batch: int,
+    exact: bool,
+    what: str,
+) -> Iterator[tuple[npt.NDArray[np.int64], torch.Tensor]]:
+    """What `predict` writes, batch by batch: positions in the pool, and the model's outputs in
+    float32; the model stays in its mode.
+    """
     device = next(model.parameters()).device
     dtype = torch.float32 if exact else matmul_dtype(device)
-    model.eval()
     whole = Views([WHOLE], mean, std, dtype)
-    mine = part or slice(0, len(pool))
-    starts = range(mine.start, mine.stop, batch)
+    starts = range(part.start, part.stop, batch)
 
     def fetch(k: int) -> torch.Tensor:
-        positions = np.arange(starts[k], min(starts[k] + batch, mine.stop))
+        positions = np.arange(starts[k], min(starts[k] + batch, part.stop))
         return torch.from_numpy(pool.gather(positions)).to(device, non_blocking=True)
 
-    with progress(what, mine.stop - mine.start, "images") as advance:
+    with progress(what, part.stop - part.start, "images") as advance:
         for start, images in zip(starts, prefetch(fetch, 0, len(starts)), strict=True):
             drawn = whole.draw(uniforms(0, 0, len(images), 1), *images.shape[1:3])
             x = whole(images, drawn.to(device), size)[0]
             x = x.contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 y = model(x).float()
-            y = F.normalize(y) if unit else y
-            at = np.arange(start, start + len(images))
-            out[at if rows is None else rows[at]] = y.cpu().numpy()
+            yield np.arange(start, start + len(images)), y
             advance(len(images))
 
 

@@ -146,6 +146,9 @@ class Finetune:
     """Start the linear head at a logistic regression on the frozen encoder."""
     probe_c: float = 10.0
     """Inverse regularization of that logistic regression."""
+    precise_bn: int | None = None
+    """Training images, at most, over which batch norm's statistics are taken anew in the end, at
+    `eval_resolution` and not augmented (arXiv 2105.07576); null keeps those of training."""
     holdout: float = 0.1
     """Fraction of the labels of each class that is held out of training, to choose by."""
     monitor: Literal["holdout", "val"] = "holdout"
@@ -174,7 +177,7 @@ class Finetune:
         for expected, names in (
             ("above 0, up to 1", ["fraction", "layer_decay"]),
             ("from 0 to below 1", ["holdout", "ema", "label_smoothing"]),
-            ("1 or more", ["blocks", "per_class"]),
+            ("1 or more", ["blocks", "per_class", "precise_bn"]),
             ("0 or more", ["evals", "patience", "mixup", "cutmix"]),
         ):
             check("finetune", expected, **{name: getattr(self, name) for name in names})

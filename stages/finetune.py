@@ -10,11 +10,12 @@ history.json, tensorboard/, provenance.json}.  Round K is the number of label fi
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline import InputError, config, runs
 from pipeline.checkpoint import save_tensors
-from pipeline.classifiers import Classifier, build_head, freeze, probe
+from pipeline.classifiers import Classifier, build_head, freeze, probe, renew_statistics
 from pipeline.distributed import barrier
 from pipeline.draws import learned_labels, training_set
 from pipeline.encoders import features
@@ -135,6 +136,10 @@ def run(
     plan = trainer.plan(c, len(train), resolutions)
     history = trainer.fit(plan, "finetune")
     final = trainer.module.final()  # type: ignore[operator]
+    if c.precise_bn is not None:
+        order = np.random.default_rng(recipe.seed).permutation(len(train))[: c.precise_bn]
+        pool = contest.pool(train.take(order))
+        renew_statistics(final, classifier, pool, size, contest)
     head = {"kind": c.head, "features": width, "classes": contest.classes}
     metadata: dict[str, Any] = {
         "encoder": spec,

@@ -96,6 +96,42 @@ def test_images_may_be_classified_larger_than_trained_with(pretrained: Path) -> 
     np.testing.assert_allclose(logits.numpy(), kept, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("ema", ["0", "0.9"])
+def test_batch_norm_is_of_whole_images_in_the_end(pretrained: Path, ema: str) -> None:
+    """The first norm's mean and variance are those of what it is given of the images trained on,
+    at the size that is classified; nothing that is learned moves.
+    """
+    options = [f"--finetune.ema={ema}", "--finetune.steps=4", "--finetune.resolutions=[32]"]
+    options += ["--finetune.mixup=0.4", "--finetune.eval_resolution=64"]
+    before = load_classifier(run(*options) / "classifier.safetensors")[0]
+    folder = run(*options, "--finetune.precise_bn=1000")
+    after, metadata = load_classifier(folder / "classifier.safetensors")
+    assert metadata["resolution"] == 64
+    learned = dict(before.named_parameters())
+    assert all(torch.equal(p, learned[name]) for name, p in after.named_parameters())
+
+    contest, images = load_contest("tiny"), read_manifest(folder / "trained_on.csv")
+    seen = nn.Sequential(after.encoder.conv1, nn.Flatten(2))
+    out = np.empty((len(images), 64, 32 * 32), np.float32)
+    rest = contest.mean, contest.std, out
+    inference.predict(seen, contest.pool(images), 64, *rest, exact=True)
+    norm, old = after.encoder.bn1, before.encoder.bn1
+    np.testing.assert_allclose(norm.running_mean, out.mean((0, 2)), rtol=0.02, atol=0.005)
+    np.testing.assert_allclose(norm.running_var, out.var((0, 2)), rtol=0.02)
+    assert not np.allclose(old.running_var, out.var((0, 2)), rtol=0.05)
+
+
+def test_precise_batch_norm_leaves_what_is_frozen(pretrained: Path) -> None:
+    options = ["--finetune.train=last", "--finetune.blocks=1", "--finetune.steps=4"]
+    before = load_tensors(run(*options) / "classifier.safetensors")[0]
+    after = load_tensors(run(*options, "--finetune.precise_bn=40") / "classifier.safetensors")[0]
+    moved = {name for name, v in after.items() if not torch.equal(v, before[name])}
+    norms = {n for n in after if n.startswith("encoder.layer4") and "running" in n}
+    assert norms <= moved
+    assert all(n in norms or "num_batches" in n for n in moved)
+    assert all(n.startswith("encoder.layer4") for n in moved)
+
+
 def test_rounds_follow_the_label_files(pretrained: Path) -> None:
     assert run().name == "finetune-0"
     contest = load_contest("tiny")
