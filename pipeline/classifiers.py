@@ -209,27 +209,29 @@ def probe(
     share(classifier.head)
 
 
-@torch.no_grad()
 def renew_statistics(
     kept: Classifier, trained: Classifier, pool: Pool, size: int, contest: Contest
 ) -> None:
     """Give the batch norms of `kept` the mean and variance of the pool's images, unaugmented and
     `size` pixels wide: precise batch norm (arXiv 2105.07576, section 3).  Those of training are of
     mixed and cropped images, of other sizes, and of weights that moved on.  What is frozen in
-    `trained` stays.  Batches are consecutive images, so that a pool in random order is expected.
+    `trained` stays, where torch's `update_bn` would reset it.  Batches are consecutive images, so
+    that a pool in random order is expected.
     """
     trained.train()
     pairs = zip(kept.modules(), trained.modules(), strict=True)
     norms = [own for own, other in pairs if isinstance(own, _BatchNorm) and other.training]
     kept.eval()
+    if not norms:
+        return
     momenta = [norm.momentum for norm in norms]
-    batch = math.ceil(len(pool) / math.ceil(len(pool) / 512))  # no small one is left for the end
-    further = contest.mean, contest.std, slice(0, len(pool)), batch, False, "batch norm"
     for norm in norms:
         norm.reset_running_stats()
         norm.train()
-        norm.momentum = None  # a plain mean over the batches
-    for _ in outputs_of(kept, pool, size, *further) if norms else ():
+        norm.momentum = None  # a plain mean over the batches, which are of about one size
+    batch = math.ceil(len(pool) / math.ceil(len(pool) / 512))
+    further = contest.mean, contest.std, slice(0, len(pool)), batch, False, "batch norm"
+    for _ in outputs_of(kept, pool, size, *further):
         pass
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

@@ -69,7 +69,6 @@ def check_size(encoder: nn.Module, size: int) -> None:
     encoder.train(was)
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module,
     pool: Pool,

@@ -12,7 +12,14 @@ from torch import nn
 
 from pipeline import InputError, config, finetuning, inference, runs
 from pipeline.checkpoint import load_tensors, load_torch
-from pipeline.classifiers import Classifier, Supervised, build_head, freeze, load_classifier
+from pipeline.classifiers import (
+    Classifier,
+    Supervised,
+    build_head,
+    freeze,
+    load_classifier,
+    renew_statistics,
+)
 from pipeline.encoders import build_encoder
 from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
 from pipeline.runs import read_json
@@ -119,6 +126,24 @@ def test_batch_norm_is_of_whole_images_in_the_end(pretrained: Path, ema: str) ->
     np.testing.assert_allclose(norm.running_mean, out.mean((0, 2)), rtol=0.02, atol=0.005)
     np.testing.assert_allclose(norm.running_var, out.var((0, 2)), rtol=0.02)
     assert not np.allclose(old.running_var, out.var((0, 2)), rtol=0.05)
+
+
+def test_batch_norm_is_of_all_batches_alike(pretrained: Path) -> None:
+    """1,030 images are three batches; the largest 512 and a small rest would be far off."""
+    classifier = Classifier(build_encoder("resnet10t", "imagenet"), build_head("linear", 512, 4))
+    contest = load_contest("tiny")
+    train = contest.manifest("train").usable()
+    rows = np.r_[np.zeros(1024, np.int64), np.full(6, 1)]  # the last are of another image
+    pool = contest.pool(train.take(rows))
+    norm = classifier.encoder.conv1[1]
+    momentum = norm.momentum
+    renew_statistics(classifier, classifier, pool, 32, contest)
+    out = np.empty((len(pool), norm.num_features, 16 * 16), np.float32)
+    seen = nn.Sequential(classifier.encoder.conv1[0], nn.Flatten(2))
+    inference.predict(seen, pool, 32, contest.mean, contest.std, out, exact=True)
+    np.testing.assert_allclose(norm.running_mean, out.mean((0, 2)), rtol=0.02, atol=0.003)
+    assert not classifier.training
+    assert norm.momentum == momentum
 
 
 def test_precise_batch_norm_leaves_what_is_frozen(pretrained: Path) -> None:
