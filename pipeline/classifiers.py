@@ -13,7 +13,6 @@ from threadpoolctl import threadpool_limits
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import v2
 
 from pipeline.checkpoint import load_tensors
@@ -38,6 +37,7 @@ class Classifier(nn.Module):
     """Images [b, 3, h, w] to logits [b, classes].
 
     The head computes in float32: in bf16 one of a hundred images has two likeliest classes.
+    Submissions copy this source, so its names are those that `pipeline/submission.py` imports.
     """
 
     def __init__(self, encoder: nn.Module, head: nn.Module) -> None:
@@ -54,7 +54,7 @@ class Classifier(nn.Module):
         super().train(mode)
         for module in self.encoder.modules():
             own = list(module.parameters(recurse=False))
-            norm = isinstance(module, _BatchNorm)
+            norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
             if norm and own and not any(p.requires_grad for p in own):
                 module.eval()
         return self
@@ -220,7 +220,8 @@ def renew_statistics(
     """
     trained.train()
     pairs = zip(kept.modules(), trained.modules(), strict=True)
-    norms = [own for own, other in pairs if isinstance(own, _BatchNorm) and other.training]
+    batch_norm = nn.modules.batchnorm._BatchNorm
+    norms = [own for own, other in pairs if isinstance(own, batch_norm) and other.training]
     kept.eval()
     if not norms:
         return
