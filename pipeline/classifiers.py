@@ -23,6 +23,11 @@ from pipeline.manifest import Contest
 from pipeline.metrics import fit_linear
 from pipeline.packed import Pool
 
+MARKS = ("transfer", "by_val")
+"""What a classifier's metadata marks: outside weights, or labels of val, took part in it, or in one
+that pseudo-labeled for it.
+"""
+
 
 def build_head(kind: str, features: int, classes: int) -> nn.Module:
     """A linear layer, or an MLP with one hidden layer as wide as the features; [b, d] to [b, k]."""
@@ -223,7 +228,7 @@ def renew_statistics(
     batch_norm = nn.modules.batchnorm._BatchNorm
     norms = [own for own, other in pairs if isinstance(own, batch_norm) and other.training]
     kept.eval()
-    if not norms:
+    if not norms or len(pool) == 1:  # which has no variance
         return
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

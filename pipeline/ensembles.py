@@ -89,7 +89,7 @@ def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
 
 def _probabilities(contest: Contest, held: Manifest, folder: Path, mirror: bool) -> Floats:
     """Class probabilities [h, classes] of the held-out images by one classifier."""
-    model, size = build([folder], [1.0], mirror)
+    model, size = build([folder], [1.0], mirror, contest.size)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     out = np.empty((len(held), contest.classes), np.float32)
     predict(model, contest.pool(held), size, contest.mean, contest.std, out, what="held out")
@@ -125,8 +125,20 @@ def cross_fitted(p: Floats, labels: Ints) -> Floats:
     return out
 
 
-def build(folders: list[Path], weights: list[float], mirror: bool) -> tuple[Ensemble, int]:
-    """The ensemble of saved classifiers and the largest size that one of them sees."""
+def build(
+    folders: list[Path], weights: list[float], mirror: bool, packed: tuple[int, int]
+) -> tuple[Ensemble, int]:
+    """The ensemble of saved classifiers, and `shown_size` for images packed as [h, w]."""
     loaded = [load_classifier(folder / "classifier.safetensors") for folder in folders]
     sizes = [int(metadata["resolution"]) for _, metadata in loaded]
-    return Ensemble([model for model, _ in loaded], weights, sizes, mirror), max(sizes)
+    models = [model for model, _ in loaded]
+    return Ensemble(models, weights, sizes, mirror), shown_size(sizes, packed)
+
+
+def shown_size(sizes: list[int], packed: tuple[int, int]) -> int:
+    """Pixels of the square images that an ensemble is shown, which it resizes to its members'
+    `sizes`: those of the packed images, so that no member sees what was resized to another's, or
+    the largest of `sizes` where packed images [h, w] are not square.
+    """
+    height, width = packed
+    return height if height == width else max(sizes)

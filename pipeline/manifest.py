@@ -213,11 +213,10 @@ class Contest:
 
         Raises InputError where it names an image or a class that the contest does not have.
         """
-        ends = np.flatnonzero(manifest.split[1:] != manifest.split[:-1]) + 1
-        parts = []
-        for rows in np.split(np.arange(len(manifest)), ends):
+        parts, places = [], []
+        for split in sorted(set(manifest.split.tolist())) or [next(iter(self.splits))]:
+            rows = np.flatnonzero(manifest.split == split)
             part = manifest.take(rows)
-            split = str(part.split[0]) if len(part) else next(iter(self.splits))
             bad = (part.index >= self.images(split)) | (part.label >= self.classes)
             if bad.any():
                 k = int(np.flatnonzero(bad)[0])
@@ -226,7 +225,8 @@ class Contest:
                     f"{self.images(split)} images and {self.classes} classes"
                 )
             parts.append((self.packed(split), part.index))
-        return Pool(parts)
+            places.append(rows)
+        return Pool(parts, np.argsort(np.concatenate(places)))
 
     def splits_with(self, *, unlabeled: bool) -> list[str]:
         """All splits, or all but unlabeled."""

@@ -46,12 +46,17 @@ def open_packed(path: Path) -> Pixels:
 
 
 class Pool:
-    """Rows of several packed arrays as one sequence of images.
+    """Rows of several packed arrays as one sequence of images, in the `order` [n] of positions in
+    their concatenation that is given, or as they are.
 
     Raises InputError where the arrays' image sizes differ.
     """
 
-    def __init__(self, parts: Sequence[tuple[Pixels, npt.NDArray[np.int64]]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[Pixels, npt.NDArray[np.int64]]],
+        order: npt.NDArray[np.int64] | None = None,
+    ) -> None:
         sizes = {array.shape[1:] for array, _ in parts}
         if len(sizes) != 1:
             found = ", ".join(" × ".join(map(str, s[:2])) for s in sorted(sizes)) or "no images"
@@ -60,15 +65,17 @@ class Pool:
         self._arrays = [np.asarray(array) for array, _ in parts]
         self._rows = [np.asarray(rows, np.int64) for _, rows in parts]
         self._ends = np.cumsum([len(rows) for rows in self._rows])
+        self._order = order
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def gather(self, positions: npt.NDArray[np.int64]) -> Pixels:
-        """The images [b, h, w, 3] at `positions` [b] of the concatenation, in their own memory."""
+        """The images [b, h, w, 3] at `positions` [b] of the sequence, in their own memory."""
         positions = np.asarray(positions, np.int64)
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
             raise IndexError(f"positions from 0 to {len(self) - 1} are expected")
+        positions = positions if self._order is None else self._order[positions]
         part = np.searchsorted(self._ends, positions, side="right")
         out = np.empty((len(positions), *self.shape), np.uint8)
         for k, (array, rows) in enumerate(zip(self._arrays, self._rows, strict=True)):

@@ -177,7 +177,8 @@ class Finetune:
         for expected, names in (
             ("above 0, up to 1", ["fraction", "layer_decay"]),
             ("from 0 to below 1", ["holdout", "ema", "label_smoothing"]),
-            ("1 or more", ["blocks", "per_class", "precise_bn"]),
+            ("1 or more", ["blocks", "per_class"]),
+            ("2 or more", ["precise_bn"]),
             ("0 or more", ["evals", "patience", "mixup", "cutmix"]),
         ):
             check("finetune", expected, **{name: getattr(self, name) for name in names})

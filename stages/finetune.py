@@ -15,7 +15,7 @@ import torch
 
 from pipeline import InputError, config, runs
 from pipeline.checkpoint import save_tensors
-from pipeline.classifiers import Classifier, build_head, freeze, probe, renew_statistics
+from pipeline.classifiers import MARKS, Classifier, build_head, freeze, probe, renew_statistics
 from pipeline.distributed import barrier
 from pipeline.draws import learned_labels, training_set
 from pipeline.encoders import features
@@ -52,18 +52,26 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
     return files
 
 
+def _guessed(labels: Path) -> dict[str, Any]:
+    """The record of a file of pseudo-labels; of any other file nothing."""
+    record = labels.with_suffix(".json")
+    if not labels.name.startswith("pseudo-") or not record.is_file():
+        return {}
+    return dict(runs.read_json(record, "make pseudo-label"))
+
+
 def _check_pseudo_labels(labels: Path, contest: Contest, encoder: Path | None) -> None:
     """Raise InputError where pseudo-labels are of other images, or those of a classifier that began
     at another state of the `encoder`.
     """
     record = labels.with_suffix(".json")
-    if not labels.name.startswith("pseudo-") or not record.is_file():
+    if not (guessed := _guessed(labels)):
         return
     anew = f"to begin anew, remove the pseudo-* and finetune-* of {labels.parent}"
     contest.check_same(labels, record, anew)
     if encoder is None:
         return
-    latest = Path(runs.read_json(record, "make pseudo-label")["classifier"])
+    latest = Path(guessed["classifier"])
     if not (file := latest / "provenance.json").is_file():
         return  # removed since
     made = runs.read_json(file, "make finetune")["inputs"]
@@ -147,7 +155,10 @@ def run(
         "mean": contest.mean,
         "std": contest.std,
     }
-    metadata |= {"resolution": size, "transfer": c.init == "outside"}
+    by_val = c.monitor == "val" or bool((train.split == "val").any())
+    metadata |= {"resolution": size, "transfer": c.init == "outside", "by_val": by_val}
+    for mark in MARKS:  # a classifier has what those had that labeled for it
+        metadata[mark] |= any(_guessed(file).get(mark, False) for file in files)
     for split in contest.splits_with(unlabeled=c.unlabeled):
         exact = split != "unlabeled"  # as the organizers compute
         file, k = folder / "logits" / f"{split}.npy", contest.classes

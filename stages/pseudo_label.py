@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import InputError, config, labeling, runs
+from pipeline.checkpoint import load_tensors
+from pipeline.classifiers import MARKS
 from pipeline.distributed import barrier, rank
 from pipeline.figures import coverage
 from pipeline.machine import make_accelerator
@@ -127,6 +129,8 @@ def _label(
     hits, picture = of_apart == apart.label, out.with_suffix(".png")
     coverage(picture, per_class[0], per_class[1], confidences, hits, names, said)
     made = {"round": round_, "classifier": str(latest), "precision_on": what}
+    _, metadata = load_tensors(latest / "classifier.safetensors")
+    made |= {mark: metadata.get(mark, False) for mark in MARKS}
     runs.write_json(out.with_suffix(".json"), facts | made | found)
     labeling.write_rounds(entry)
     runs.say(f"{said}\nwrote {out}, .png and .json; next: make finetune")

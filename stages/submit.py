@@ -12,8 +12,10 @@ from typing import Any
 
 from pipeline import InputError, config, ensembles, runs, submission
 from pipeline.checkpoint import load_tensors
+from pipeline.classifiers import MARKS
 from pipeline.manifest import Contest, load_contest
 from pipeline.recipe import Recipe
+from pipeline.selection import unlabeled_logits
 
 
 def _made_with(plain: dict[str, Any], entry: str, tuned: dict[str, Any]) -> dict[str, Any]:
@@ -76,6 +78,8 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         return folder
     test = _test_split(recipe, contest)
     choice = ensembles.choose(contest, [finetune, *others], recipe.submit.mirror)
+    if test == "unlabeled" and choice.plain:
+        unlabeled_logits(choice.members[0])
     for what, score in choice.tried.items():
         runs.say(f"{score:6.2f} % of the held-out labels: {what}")
     folder.parent.mkdir(exist_ok=True)
@@ -89,10 +93,9 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         checked = submission.check(aside, contest, choice)
         unread = submission.write_predictions(aside, choice, contest, test) if test else 0
         of = [runs.read_json(m / "provenance.json", "make finetune") for m in choice.members]
-        by_val = any(made["recipe"]["finetune"]["monitor"] == "val" for made in of)
         labels = submission.label_counts(choice.members)
         used = [load_tensors(m / submission.WEIGHTS)[1] for m in choice.members]
-        transfer = any(metadata["transfer"] for metadata in used)
+        transfer, by_val = (any(meta.get(mark) for meta in used) for mark in MARKS)
         card = {
             "entry": entry,
             "val_top1": checked.score if checked.split == "val" else None,
@@ -108,9 +111,11 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
                 "held_out_top1": choice.tried,
             },
             "predictions": {"split": test, "unreadable": unread} if test else None,
-            "finetune": {"folder": str(finetune), "commit": tuned["commit"]}
-            | tuned["results"]
-            | {"inputs": tuned["inputs"]},
+            "finetune": [
+                {"folder": str(member), "commit": made["commit"], "inputs": made["inputs"]}
+                | made["results"]
+                for member, made in zip(choice.members, of, strict=True)
+            ],
         }
         submission.publish(aside, folder, card | facts | runs.stamp())
     runs.say(f"{checked.split} top-1 as the organizers score it: {checked.score:.2f} %")

@@ -25,7 +25,7 @@ from pipeline.manifest import Manifest, load_contest, read_manifest, write_manif
 from pipeline.runs import read_json
 from pipeline.trainer import Trainer
 from pipeline.views import WHOLE, Views, uniforms
-from stages import embed, finetune, pretrain
+from stages import embed, finetune, pretrain, pseudo_label
 
 from .conftest import TINY
 
@@ -367,6 +367,28 @@ def test_outside_weights_are_marked_as_transfer(tiny_contest: Path) -> None:
     torch.save(build_encoder("resnet10t").state_dict(), "outside.pth")
     run(*options, entry="o")  # other weights are another result
     assert (folder / "provenance.json").stat().st_mtime_ns != written
+
+
+@pytest.mark.parametrize(
+    "used", ["init=outside", "monitor=val", "manifests=[train,data_manifests/tiny/val.csv]"]
+)
+def test_who_learns_from_guesses_has_the_marks_of_who_guessed(
+    tiny_contest: Path, used: str
+) -> None:
+    """Outside weights, and val's labels, chosen by or learned."""
+    torch.save(build_encoder("resnet10t").state_dict(), "outside.pth")
+    first = ["--finetune.init=scratch", "--finetune.weights=outside.pth", "--finetune.steps=2"]
+    folder = run(*first, f"--finetune.{used}", entry="g")
+    recipe, _, plain = config.parse("", argv=[*TINY, "--entry=g", "--pseudo_label.rounds=1"])
+    pseudo_label.run(recipe, plain)
+    clean, last = run(*first, entry="c"), run(*first, entry="g")
+    assert (folder.name, last.name) == ("finetune-0", "finetune-1")
+    marks = {}
+    for made in (folder, clean, last):
+        metadata = load_tensors(made / "classifier.safetensors")[1]
+        marks[made] = metadata["transfer"], metadata["by_val"]
+    outside = "outside" in used
+    assert marks == {folder: (outside, not outside), clean: (False, False), last: marks[folder]}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pipeline.manifest import (
     LABELS,
     PREPARED,
     PSEUDO_LABELS,
+    Contest,
     Manifest,
     load_contest,
     read_manifest,
@@ -225,13 +226,18 @@ def test_a_contest_gives_its_splits(tiny_contest: Path):
         contest.packed("vall")
 
 
-def test_a_pool_follows_a_manifest_over_splits(tiny_contest: Path):
+def test_a_pool_follows_a_manifest_over_splits(tiny_contest: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever their order, each split is opened once: a process may open only so many files."""
     contest = load_contest("tiny")
-    wanted = Manifest.of(["val", "val", "train", "val"], [3, 1, 0, 9], [0, 0, 0, 0])
-    images = contest.pool(wanted).gather(np.arange(4))
-    for k in range(4):
-        expected = contest.packed(str(wanted.split[k]))[wanted.index[k]]
-        assert np.array_equal(images[k], expected)
+    wanted = Manifest.of(["val", "val", "train", "val", "train"], [3, 1, 0, 9, 7], [0] * 5)
+    opened: list[str] = []
+    packed = Contest.packed
+    monkeypatch.setattr(Contest, "packed", lambda c, s: (opened.append(s), packed(c, s))[1])
+    pool = contest.pool(wanted)
+    assert sorted(opened) == ["train", "val"]
+    for k, image in zip((4, 0, 2, 1, 3), pool.gather(np.array([4, 0, 2, 1, 3])), strict=True):
+        assert np.array_equal(image, packed(contest, str(wanted.split[k]))[wanted.index[k]])
+    assert len(contest.pool(wanted.take(np.arange(0)))) == 0
     with pytest.raises(InputError, match="a manifest gives val 40 label 0; there are 40 images"):
         contest.pool(Manifest.of("val", [40], [0]))
     with pytest.raises(InputError, match="gives val 1 label 4; there are 40 images and 4 classes"):

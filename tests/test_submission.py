@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.special import softmax
 
 from pipeline import InputError, config, ensembles, runs, submission
 from pipeline.checkpoint import save_tensors
@@ -25,7 +27,7 @@ from pipeline.classifiers import (
 )
 from pipeline.encoders import build_encoder
 from pipeline.ensembles import Choice, cross_fitted, mixture_weights
-from pipeline.inference import predict_split
+from pipeline.inference import predict, predict_split
 from pipeline.manifest import Contest, load_contest, write_manifest
 from pipeline.packed import Form, decode
 from pipeline.recipe import Recipe, Submit
@@ -377,7 +379,54 @@ def test_an_ensemble_stands_alone_and_scores_as_its_own_logits(
         p += 0.15 * (b(small).softmax(1) + b(small.flip(3)).softmax(1))
         torch.testing.assert_close(model.eval()(x), p.log(), rtol=1e-4, atol=1e-4)
     right = 100 * (p.argmax(1).numpy() == contest.labels("val")).mean()
-    assert card["val_top1"] == pytest.approx(right, abs=2.6)  # resized to 24 from another place
+    assert card["val_top1"] == pytest.approx(right, abs=1e-3)
+    assert [made["folder"] for made in card["finetune"]] == [str(first), str(second)]
+
+
+def test_every_member_sees_what_it_sees_alone(contest: Contest) -> None:
+    """Nothing that was enlarged for another and made smaller again."""
+    folders = [finetuned(contest, s, entry=f"e{s}", seed=s) for s in (32, 24, 48)]
+    model, size = ensembles.build(folders, [0.5, 0.3, 0.2], False, contest.size)
+    own = [softmax(np.load(f / "logits" / "val.npy"), axis=1) for f in folders]
+    out = np.empty((40, 4), np.float32)
+    mean, std = contest.mean, contest.std
+    predict(model, contest.pool(contest.manifest("val")), size, mean, std, out, exact=True)
+    expected = 0.5 * own[0] + 0.3 * own[1] + 0.2 * own[2]
+    np.testing.assert_allclose(np.exp(out), expected, atol=1e-4)
+    assert ensembles.shown_size([32, 24, 48], (32, 40)) == 48  # not square: the largest
+
+
+@pytest.mark.usefixtures("instant")
+def test_the_card_is_of_the_model_that_is_submitted(
+    contest: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetuned(contest)
+    other = finetuned(contest, entry="other", seed=3)
+    monkeypatch.setattr(ensembles, "choose", lambda *_: single(other))
+    own = own_accuracy(contest, other)
+    monkeypatch.setattr(submission.organizers, "score", lambda *_: {"accuracy": own})
+    card = json.loads((submit.run(*parsed("--submit.members=[other]")) / "card.json").read_text())
+    (made,) = card["finetune"]
+    assert (made["folder"], made["val_top1"]) == (str(other), own)
+
+
+@pytest.mark.usefixtures("instant")
+def test_one_image_is_no_mismatch(contest: Contest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty images: one is 2.5 points."""
+    own = own_accuracy(contest, runs.latest_finetune("tried"))
+    for images, refused in ((1, False), (2, True)):
+        score = {"accuracy": own - 2.5 * images}
+        monkeypatch.setattr(submission.organizers, "score", lambda *_, s=score: s)
+        with pytest.raises(InputError, match=r"at most 2\.5") if refused else nullcontext():
+            submit.run(*parsed("--submit.test=test"), force=True)
+
+
+@pytest.mark.usefixtures("instant")
+def test_predictions_of_a_split_without_logits_are_refused(contest: Contest) -> None:
+    (runs.latest_finetune("tried") / "logits" / "unlabeled.npy").unlink()
+    with pytest.raises(InputError, match=r"unlabeled\.npy is not there; `make finetune ARGS="):
+        submit.run(*parsed("--submit.test=unlabeled"))
+    assert not Path("submissions/tried/card.json").exists()
 
 
 @pytest.mark.usefixtures("instant")
