@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from pipeline import config
 
@@ -87,6 +88,7 @@ def write_finetune(number: int = 0, held: bool = True, sharp: float = 4.0) -> Pa
     apart, used = (rows[::2], rows[1::2]) if held else ([], rows)
     for name, those in (("holdout", apart), ("trained_on", used)):
         (folder / f"{name}.csv").write_text("\n".join(["split,index,label,source", *those]) + "\n")
+    save_file({}, folder / "classifier.safetensors", {"json": "{}"})
     facts = Path("data_manifests/small/contest.json")
     inputs = {str(facts): hashlib.sha256(facts.read_bytes()).hexdigest()}
     (folder / "provenance.json").write_text(json.dumps({"inputs": inputs}))
