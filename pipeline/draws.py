@@ -70,9 +70,9 @@ def training_set(
     """What to train on and what is held out of it, from label manifests.
 
     The draw by `fraction` or `per_class` and the held-out share are of the first file, so that
-    every round holds out the same images; none of those that the encoder `learned` with their
-    labels is held out.  Where an image has a label in several files, the first counts.
-    Raises InputError where no labeled image is left.
+    every round holds out the same images; none of those whose labels the encoder, or who gave
+    pseudo-labels, `learned` is held out.  Where an image has a label in several files, the first
+    counts.  Raises InputError where no labeled image is left.
     """
     parts, seen = list[Manifest](), Manifest.of("", [])
     for file in files:

@@ -75,10 +75,11 @@ def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
     for mirrored in (False, True) if mirror else (False,):
         p = np.stack([_probabilities(contest, held, folder, mirrored) for folder in folders])
         options = [([folder], [1.0], own) for folder, own in zip(folders, p, strict=True)]
-        if len(folders) > 1:
-            voted = _weighted(folders, mixture_weights(p, held.label))
-            if len(voted[0]) > 1:
-                options.append((*voted, cross_fitted(p, held.label)))
+        kept = np.flatnonzero(mixture_weights(p, held.label) >= _LEAST)
+        if len(kept) > 1:
+            voters, of_voters = [folders[k] for k in kept], p[kept]
+            weights = mixture_weights(of_voters, held.label).tolist()
+            options.append((voters, weights, cross_fitted(of_voters, held.label)))
         for members, weights, seen in options:
             score = top_k(seen, held.label, [1])[1]
             what = " + ".join(f"{w:.2f} {m}" for w, m in zip(weights, members, strict=True))
@@ -94,12 +95,6 @@ def _probabilities(contest: Contest, held: Manifest, folder: Path, mirror: bool)
     out = np.empty((len(held), contest.classes), np.float32)
     predict(model, contest.pool(held), size, contest.mean, contest.std, out, what="held out")
     return np.exp(out)
-
-
-def _weighted(folders: list[Path], weights: Floats) -> tuple[list[Path], list[float]]:
-    kept = [k for k, w in enumerate(weights) if w >= _LEAST]
-    total = sum(float(weights[k]) for k in kept)
-    return [folders[k] for k in kept], [float(weights[k]) / total for k in kept]
 
 
 def mixture_weights(p: Floats, labels: Ints) -> Floats:

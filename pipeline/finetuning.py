@@ -1,6 +1,6 @@
 """Fine-tuning: the classifier to start from, its trainer, and the report on the result."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from pipeline import InputError, runs
 from pipeline.batch_norm import synchronize_batch_norm
+from pipeline.batches import batch_at
 from pipeline.checkpoint import load_tensors
 from pipeline.classifiers import Classifier, Supervised, rates
 from pipeline.consistency import SemiSupervised
@@ -85,7 +86,9 @@ def finetuner(
     if consistency is None:
         module = Supervised(classifier, contest.classes, **options)
     else:
-        counts = torch.from_numpy(train.label).bincount(minlength=contest.classes)
+        asked = train.split != "train"  # a strategy's choice, or a classifier's guess
+        drawn = train if asked.all() else train.take(~asked)
+        counts = torch.from_numpy(drawn.label).bincount(minlength=contest.classes)
         consistency.begin(counts / counts.sum())
         module = SemiSupervised(classifier, contest.classes, consistency, **options)
     synchronize_batch_norm(module.classifier, accelerator.device)
@@ -93,13 +96,15 @@ def finetuner(
     factors = rates(classifier, backbone, c.layer_decay)
     optimizer = build_optimizer(c.optimizer, factors, c.batch_size)
     lr = c.optimizer.scaled_lr(c.batch_size)
-    if c.balanced:
-        train = train.take(balanced(train.label))
     weights = train.confidence if c.weigh_by_confidence else np.ones(len(train))
     pool = contest.pool(train)
     targets = torch.from_numpy(train.label), torch.from_numpy(weights.astype(np.float32))
     further = recipe.seed, contest.mean, contest.std, accelerator
     own = Feed(pool, [c.view], c.batch_size, *further, targets)
+    if c.balanced:
+        order = balanced(train.label)
+        epoch = partial(batch_at, len(order), c.batch_size, recipe.seed)
+        own = replace(own, choose=lambda step: order[epoch(step)])
     feed: Feed | JoinedFeed = own
     if consistency is not None:
         images = contest.manifest("unlabeled").usable()

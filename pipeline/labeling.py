@@ -1,5 +1,6 @@
 """A round of pseudo-labels: what it starts from, how right it is, and all rounds in a table."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from pipeline.pseudo_labels import Evidence, Predictor
 from pipeline.selection import eligible
 from pipeline.tables import write_table
 
+_GUESSED = re.compile(r"finetune-[0-9]+")  # the source of a pseudo-label is who gave it
+
 
 def labeled_images(latest: Path, newer: Sequence[Path] = ()) -> Manifest:
     """Images whose labels are known and may be learned from: what the fine-tuning in `latest` was
@@ -38,7 +41,7 @@ def labeled_images(latest: Path, newer: Sequence[Path] = ()) -> Manifest:
 def _trained_on(latest: Path) -> tuple[Manifest, npt.NDArray[np.bool_]]:
     """What the fine-tuning in `latest` was trained on, and which of these labels are guesses."""
     known = read_manifest(runs.require(latest / "trained_on.csv", "make finetune"))
-    guessed = [Path(source).name.startswith("finetune-") for source in known.source]
+    guessed = [bool(_GUESSED.fullmatch(Path(source).name)) for source in known.source]
     return known, np.array(guessed, np.bool_)
 
 
@@ -62,14 +65,15 @@ def unlabeled_images(contest: Contest, known: Manifest) -> Manifest:
 def images_apart(contest: Contest, latest: Path, predictor: Predictor) -> tuple[Manifest, str]:
     """Labeled images that the classifier was not trained on, and what they are.
 
-    They are those held out; without any those of val, but for a `predictor` that looks at its
-    images beside each other: val would take part in what is chosen.
+    They are those held out; without any those of val that it was not trained on, but for a
+    `predictor` that looks at its images beside each other: val would take part in what is chosen.
     """
     held = read_manifest(runs.require(latest / "holdout.csv", "make finetune"))
     if len(held) or predictor.space:
         return held, "the held-out labels"
     val = contest.manifest("val").usable() if "val" in contest.splits else held
-    return val.take(val.label >= 0), "val (reported, not chosen by)"
+    apart = (val.label >= 0) & ~val.among(_trained_on(latest)[0])
+    return val.take(apart), "val (reported, not chosen by)"
 
 
 def evidence_of(

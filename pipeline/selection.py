@@ -130,7 +130,7 @@ class Strategy:
     """One way to choose; a subclass is found by its name."""
 
     uses_logits = False
-    """Whether it needs the latest fine-tuning's logits; if not, `Candidates.logits` is empty."""
+    """Whether it needs the latest fine-tuning's logits; `Candidates.logits` may be empty if not."""
 
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> tuple[Ints, Ints | None]:
         """`budget` different positions of `candidates.free`, the same for the same seed, and the
@@ -166,7 +166,8 @@ def choose(strategy: Strategy, candidates: Candidates, budget: int, seed: int) -
             raise InputError(
                 f"label_request: budget is {budget:,} and {possible:,} unlabeled images can be "
                 f"asked for (not labeled, skipped or duplicate, and {images - possible:,} "
-                f"near-duplicates left out); a budget of 1 to {possible:,} is expected"
+                f"near-duplicates left out, see label_request.near_duplicate); a budget of 1 to "
+                f"{possible:,} is expected"
             )
         picks, groups = strategy(candidates, budget, seed)
         unique = len(np.unique(picks)) == len(picks) == budget
@@ -252,8 +253,11 @@ def candidates_of(
     train, unlabeled = contest.manifest("train").usable(), contest.manifest("unlabeled").usable()
     train = train.take(train.label >= 0)
     label = np.full(contest.images("unlabeled"), -1, np.int64)
-    for manifest in map(read_manifest, answered):
+    for file in answered:
+        manifest = read_manifest(file)
         of = (manifest.split == "unlabeled") & (manifest.label >= 0)
+        if (last := manifest.index[of].max(initial=-1)) >= len(label):
+            raise InputError(f"{file} labels unlabeled {last}; there are {len(label)} images")
         label[manifest.index[of]] = manifest.label[of]
     known = unlabeled.take(label[unlabeled.index] >= 0)
     x, of_train = (np.load(file, mmap_mode="r") for file in embedded(embeddings))

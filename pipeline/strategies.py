@@ -83,7 +83,7 @@ class Typicality(Strategy):
         sizes = np.bincount(cluster, minlength=count)
         labels = np.bincount(cluster[len(x) :], minlength=count)
         near = candidates.graph[0][:, : self.neighbors]
-        distance = np.sqrt(np.maximum(2 - 2 * near, 0)).mean(1) if near.shape[1] else -x[:, 0]
+        distance = np.sqrt(np.maximum(2 - 2 * near, 0)).mean(1) if near.size else np.zeros(len(x))
         order = free[np.argsort(distance[free], kind="stable")]  # most typical first
         own = cluster[order]
         turn = place_in_group(own) + labels[own]
@@ -158,7 +158,7 @@ class MarginClusters(Strategy):
 
         Args:
             pool: images that are clustered, over the budget.
-            clusters: of k-means; null takes one for each class.
+            clusters: of k-means, at most one for each label; null takes one for each class.
             iterations: of k-means.
         """
         check("MarginClusters", "1 or more", pool=pool, iterations=iterations, clusters=clusters)
@@ -167,7 +167,7 @@ class MarginClusters(Strategy):
     def __call__(self, candidates: Candidates, budget: int, seed: int) -> Picks:
         free, margin = candidates.free, candidates.margin
         pool = _first(round(self.pool * budget), free, (margin[free],))
-        count = min(self.clusters or candidates.classes, len(pool))
+        count = min(self.clusters or candidates.classes, budget, len(pool))
         _, cluster = kmeans(candidates.x[pool], count, self.iterations, seed)
         turn = place_in_group(cluster)  # the pool is sorted by margin
         chosen = _first(budget, np.arange(len(pool)), (turn, margin[pool]))

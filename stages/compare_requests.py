@@ -1,12 +1,12 @@
 """Compare label-request strategies on a rehearsal: a table and a plot, from the runs' own records.
 
 python -m stages.compare_requests --recipe recipes/labels98.yaml --finetune.minutes 3
-With each seed the entry's encoder is fine-tuned on train alone (the floor); then every strategy
-asks for `label_request.budget` images and gets their true labels from the rehearsal's
-OUT.oracle.pt, and the encoder is fine-tuned on both, in as many steps as the first run.  Reads
-runs/ENTRY/{pretrain, embeddings}; writes runs/ENTRY/requests/STRATEGY-sSEED, docs/requests/ENTRY.
-{json, png} and a table in docs/labels.md.  What is finished is not run again, and records of other
-seeds and strategies stay in the table while they are of the same settings.
+With each seed the entry's encoder is fine-tuned on train alone (the floor); then every strategy,
+with its defaults, asks for `label_request.budget` images and gets their true labels from the
+rehearsal's OUT.oracle.pt, and the encoder is fine-tuned on both, in as many steps as the first run.
+Reads runs/ENTRY/{pretrain, embeddings}; writes runs/ENTRY/requests/STRATEGY-sSEED,
+docs/requests/ENTRY.{json, png} and a table in docs/labels.md. What is finished is not run again,
+and records of other seeds and strategies stay in the table while they are of the same settings.
 """
 
 import shlex
@@ -28,6 +28,7 @@ from stages import finetune
 FLOOR = "none"
 DOCS = Path("docs")
 WEIGHTS = "encoder.safetensors"
+CELL = 3  # minutes of fine-tuning, at most: there are fifty cells
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ def run(argv: list[str], seeds: int, names: str) -> None:
     kinds, contest, entry = _kinds(names), load_contest(recipe.data.contest), recipe.entry
     if seeds < 1:
         raise InputError(f"--seeds is {seeds}; 1 or more is expected")
+    if (recipe.finetune.minutes or 0) > CELL:
+        raise InputError(
+            f"finetune: minutes is {recipe.finetune.minutes:g}; at most {CELL} for each of "
+            f"{len(kinds) + 1} × {seeds} cells are expected: --finetune.minutes {CELL}"
+        )
     if "val" not in contest.splits:
         raise InputError(f"contest {contest.name!r} has no val to compare on")
     if not contest.rehearsal:
@@ -111,7 +117,7 @@ def run(argv: list[str], seeds: int, names: str) -> None:
     done = {"contest": contest.name, "budget": budget, "machine": processor(), "command": command}
     decided = {"budget": budget, "near_duplicate": recipe.label_request.near_duplicate}
     weights = runs.require(cells.folder.with_name("pretrain") / WEIGHTS, "make pretrain")
-    embeddings = embedded(cells.folder.with_name("embeddings"))
+    embeddings = embedded(contest.finished(cells.folder.with_name("embeddings"), "make embed"))
     inputs = [contest.folder / "contest.json", weights, *embeddings]
     sections, asked = ["encoder", "finetune", "label_request"], plain | {"label_request": decided}
     done["facts"] = runs.Run.of(cells.folder, asked, sections, inputs).facts

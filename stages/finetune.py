@@ -21,10 +21,12 @@ from pipeline.draws import learned_labels, training_set
 from pipeline.encoders import features
 from pipeline.finetuning import finetuner, initial_encoder, label_weights, report
 from pipeline.inference import check_size, predict_split
+from pipeline.labeling import labeled_images
 from pipeline.machine import make_accelerator
 from pipeline.manifest import (
     PSEUDO_LABELS,
     Contest,
+    Manifest,
     load_contest,
     write_manifest,
 )
@@ -81,6 +83,21 @@ def _check_pseudo_labels(labels: Path, contest: Contest, encoder: Path | None) -
         )
 
 
+def _learned(files: list[Path], encoder: Path | None) -> Manifest:
+    """Images whose labels the encoder, or who gave the pseudo-labels among `files`, learned."""
+    learned = [learned_labels(encoder.parents[1])] if encoder else []
+    for file in files:
+        teacher = Path(_guessed(file).get("classifier", ""))
+        if (teacher / "trained_on.csv").is_file():  # not removed since
+            learned.append(labeled_images(teacher))
+    return Manifest.concatenate([Manifest.of("", []), *learned])
+
+
+def _inherited(files: list[Path], mark: str) -> bool:
+    """Whether one who gave the pseudo-labels among `files` has the mark."""
+    return any(_guessed(file).get(mark, False) for file in files)
+
+
 def _goes_on(facts: runs.Run) -> bool:
     """Whether an interrupted training of the same facts goes on from its checkpoint."""
     plan, checkpoint = facts.folder / "plan.json", facts.folder / "checkpoint.pt"
@@ -100,14 +117,13 @@ def run(
             "finetune: monitor is 'val', but in a rehearsal val stands for the secret test; "
             "'holdout' is expected"
         )
-    files, entry, learned = _manifests(recipe, contest), runs.entry_folder(name), None
+    files, entry = _manifests(recipe, contest), runs.entry_folder(name)
     round_ = runs.label_rounds(contest.folder, entry)
     folder = folder or runs.finetune_folder(name, round_)
     inputs, pretrained = [contest.folder / "contest.json", *files], None
     if c.init == "pretrained":
         pretrained = contest.finished(entry / "pretrain", "make pretrain") / "encoder.safetensors"
         inputs.append(pretrained)
-        learned = learned_labels(entry)
     elif c.init == "outside" and c.weights is not None and Path(c.weights).is_file():
         inputs.append(Path(c.weights))
     for file in files:
@@ -117,6 +133,7 @@ def run(
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
     accelerator = make_accelerator(c.precision, folder)
+    learned = _learned(files, pretrained)
     train, held = training_set(files, c.fraction, c.per_class, c.holdout, recipe.seed, learned)
     runs.say(
         f"{len(train):,} labels from {', '.join(f.name for f in files)}, {len(held):,} held out"
@@ -156,9 +173,10 @@ def run(
         "std": contest.std,
     }
     by_val = c.monitor == "val" or bool((train.split == "val").any())
-    metadata |= {"resolution": size, "transfer": c.init == "outside", "by_val": by_val}
-    for mark in MARKS:  # a classifier has what those had that labeled for it
-        metadata[mark] |= any(_guessed(file).get(mark, False) for file in files)
+    own = {"transfer": c.init == "outside", "by_val": by_val}
+    metadata |= {"resolution": size} | {
+        mark: own[mark] or _inherited(files, mark) for mark in MARKS
+    }
     for split in contest.splits_with(unlabeled=c.unlabeled):
         exact = split != "unlabeled"  # as the organizers compute
         file, k = folder / "logits" / f"{split}.npy", contest.classes

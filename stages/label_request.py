@@ -76,6 +76,11 @@ def run(
         candidates = look()
         runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
         request = choose(strategy, candidates, c.budget, recipe.seed)
+        if copies := len(candidates.eligible) - len(candidates.free):
+            runs.say(
+                f"{copies:,} images were no choice, as near-duplicates of labeled images or of "
+                f"others (label_request.near_duplicate: {c.near_duplicate})"
+            )
         facts.begin()
         for request_before in (file, *before):
             request_before.unlink(missing_ok=True)
@@ -88,7 +93,9 @@ def run(
         made = plain["label_request"] | {"seed": recipe.seed, "indices_sha256": digest}
         write_request(file, request.indices)
         runs.write_json(facts.folder / "request.json", made | {"file": file.name})
-        facts.finish(eligible=len(candidates.eligible), indices_sha256=digest)
+        facts.finish(
+            eligible=len(candidates.eligible), near_duplicates=copies, indices_sha256=digest
+        )
         then = "; next: send it, then make import-labels" if format == "contest" else ""
         runs.say(f"wrote {file}, picks.csv and pictures{then}")
     if format == "label-studio":

@@ -11,6 +11,7 @@ import signal
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline import InputError, config, preparation, runs
@@ -83,15 +84,29 @@ def _checked_root(data: Data) -> Path:
 
 def _check_answers(folder: Path, manifests: dict[str, Manifest]) -> None:
     """Raise InputError where labels that were asked for belong to other unlabeled images."""
-    answers, before = runs.numbered(folder, "requested"), folder / "unlabeled.csv"
-    if not answers or not before.is_file():
-        return
-    now = manifests["unlabeled"].sha256.tolist() if "unlabeled" in manifests else []
-    if read_manifest(before).sha256.tolist() != now:
+    answers = runs.numbered(folder, "requested")
+    if answers and not _same_unlabeled(folder, manifests.get("unlabeled")):
         raise InputError(
             f"{answers[0]} labels other images than the unlabeled ones that are there now; "
             f"move {folder}/requested-*.csv away, or give the contest another --data.contest"
         )
+
+
+def _same_unlabeled(folder: Path, now: Manifest | None) -> bool:
+    """Whether the unlabeled images are those of before, if that is known: by their bytes, or where
+    a fresh clone lacks that manifest by its digest.
+    """
+    before, facts = folder / "unlabeled.csv", folder / "contest.json"
+    if before.is_file():
+        return now is not None and read_manifest(before).sha256.tolist() == now.sha256.tolist()
+    if not facts.is_file():
+        return True
+    known = runs.read_json(facts, "make data")["splits"].get("unlabeled", {}).get("manifest_sha256")
+    if now is None or known is None:
+        return now is known
+    with TemporaryDirectory() as name:
+        write_manifest(Path(name, before.name), now, PREPARED)
+        return bool(runs.sha256(Path(name, before.name)) == known)
 
 
 def _tell(

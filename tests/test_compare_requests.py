@@ -128,6 +128,8 @@ def test_another_budget_is_asked_for_anew(here: Path, monkeypatch: pytest.Monkey
 def test_mistakes_are_told(here: Path) -> None:
     with pytest.raises(InputError, match="--seeds is 0; 1 or more is expected"):
         compare(0)
+    with pytest.raises(InputError, match="minutes is 15; at most 3 for each of 4 × 2 cells are ex"):
+        compare_requests.run([*ARGV, "--finetune.minutes", "15"], 2, "KMeans,Margin")
     with pytest.raises(InputError, match="there is no strategy Best; Random, EnergyStrata, KMeans"):
         compare(names="Best")
     facts = Path("data_manifests/tiny/contest.json")

@@ -234,6 +234,18 @@ def test_val_may_not_be_chosen_by_in_a_rehearsal(pretrained: Path) -> None:
         run("--finetune.monitor=val", "--data.rehearsal=true")
 
 
+def test_who_gave_pseudo_labels_learned_no_held_out_label(tiny_contest: Path) -> None:
+    options = ["--finetune.init=scratch", "--finetune.steps=2"]
+    first = run(*options, "--finetune.holdout=0.2", entry="g")
+    recipe, _, plain = config.parse("", argv=[*TINY, "--entry=g", "--pseudo_label.rounds=1"])
+    pseudo_label.run(recipe, plain)
+    second = run(*options, "--finetune.holdout=0.5", entry="g")
+    assert second.name == "finetune-1"
+    held = [read_manifest(folder / "holdout.csv").index.tolist() for folder in (first, second)]
+    assert held[0] == held[1]
+    assert len(held[0]) == 16
+
+
 def test_held_out_labels_are_judged_by_the_logits_of_their_split(pretrained: Path) -> None:
     images = np.arange(40, 64)  # most of them beyond the training images of a class
     file = Path("data_manifests/tiny/requested-1.csv")
@@ -538,7 +550,10 @@ def test_every_option_reaches_its_place(pretrained: Path, monkeypatch: pytest.Mo
     assert (given == 1).all()
 
     balanced, [(*_, given)] = trainer_of(monkeypatch, more, "--finetune.balanced=true")
-    assert balanced.feed.targets[0].bincount().tolist() == [29] * 4
+    feed = balanced.feed
+    assert len(feed.pool) == 89  # the labels are drawn more often, not held more often
+    epochs = np.concatenate([feed.chosen(step) for step in range(29)])  # six of 4 * 29
+    assert feed.targets[0][epochs].bincount().tolist() == [6 * 29] * 4
     assert np.bincount(known, given).tolist() == [29] * 4
     sure, [(*_, given)] = trainer_of(monkeypatch, more, "--finetune.weigh_by_confidence=true")
     expected = np.r_[np.ones(80), np.linspace(0.1, 0.9, 9)]

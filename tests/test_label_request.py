@@ -94,7 +94,14 @@ def test_a_budget_above_what_is_eligible_is_refused(here: Path) -> None:
     assert not (here / "runs/entry/label_request/provenance.json").exists()
 
 
-def test_near_duplicates_are_not_asked_for(here: Path) -> None:
+def test_an_answer_about_images_that_are_not_there_is_refused(here: Path) -> None:
+    answer = here / "data_manifests/small/requested-1.csv"
+    answer.write_text("split,index,label\nunlabeled,60,1\n")
+    with pytest.raises(InputError, match=r"requested-1.csv labels unlabeled 60; there are 60 im"):
+        ask("--label_request.budget", "5")
+
+
+def test_near_duplicates_are_not_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two copies of one embedding: a budget that needs both is refused, and says why."""
     file = here / "runs/entry/embeddings/unlabeled.npy"
     x = np.load(file)
@@ -103,6 +110,9 @@ def test_near_duplicates_are_not_asked_for(here: Path) -> None:
     with pytest.raises(InputError, match="1 near-duplicates left out"):
         ask("--label_request.budget", "56")
     assert "31.png," not in ask("--label_request.budget", "55")
+    assert "1 images were no choice, as near-duplicates" in capsys.readouterr().out
+    made = json.loads((here / "runs/entry/label_request/provenance.json").read_text())["results"]
+    assert made["near_duplicates"] == 1
     assert (
         len(ask("--label_request.budget", "56", "--label_request.near_duplicate", "2", force=True))
         == 56

@@ -471,6 +471,20 @@ def test_labels_of_other_images_are_not_taken_over(root: Path):
     run(root)
 
 
+def test_a_fresh_clone_takes_labels_of_the_same_images_only(root: Path):
+    """Which has the manifests but that of the unlabeled images, of which contest.json has the
+    digest.
+    """
+    run(root)
+    Path("data_manifests/tiny/requested-1.csv").write_text("split,index,label\nunlabeled,0,1\n")
+    Path("data_manifests/tiny/unlabeled.csv").unlink()
+    run(root, force=True)
+    Path("data_manifests/tiny/unlabeled.csv").unlink()
+    picture(4).save(root / "unlabeled" / "1.png")
+    with pytest.raises(InputError, match=r"^data_manifests/tiny/requested-1\.csv labels other im"):
+        run(root)
+
+
 def test_an_oracle_beside_the_contest_makes_a_rehearsal(root: Path):
     torch.save(torch.zeros(12, dtype=torch.int64), root.with_name("given.oracle.pt"))
     run(root)

@@ -203,6 +203,15 @@ def test_precision_falls_back_on_val_and_says_so(here: Path) -> None:
     assert found["precision"] == pytest.approx(100 * right.mean())
 
 
+def test_labels_of_val_that_were_learned_tell_no_precision(here: Path) -> None:
+    write_finetune(held=False)
+    learned = Path("runs/entry/finetune-0/trained_on.csv")
+    with learned.open("a") as file:
+        file.writelines(f"val,{k},{label('val', k)},val.csv\n" for k in range(20))
+    start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
+    assert record()["precision_images"] == 4
+
+
 def test_precision_is_an_upper_one_where_guesses_were_learned(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

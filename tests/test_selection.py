@@ -130,8 +130,8 @@ def test_a_budget_that_cannot_be_met_is_refused(kind: type[Strategy], budget: in
     assert len(given.eligible) == 8
     expected = (
         rf"^label_request: budget is {budget} and 8 unlabeled images can be asked for \(not "
-        rf"labeled, skipped or duplicate, and 0 near-duplicates left out\); a budget of 1 to 8 is "
-        rf"expected$"
+        rf"labeled, skipped or duplicate, and 0 near-duplicates left out, see "
+        rf"label_request.near_duplicate\); a budget of 1 to 8 is expected$"
     )
     with pytest.raises(InputError, match=expected):
         choose(kind(), given, budget, 0)
@@ -299,6 +299,9 @@ def test_margin_clusters_take_as_many_of_each() -> None:
     request = choose(MarginClusters(pool=10, clusters=3), given, 6, 0)
     assert request.indices.tolist() == [0, 1, 20, 21, 40, 41]
     assert len(np.unique(request.groups)) == 3
+    two = choose(MarginClusters(pool=10), given, 2, 0)  # fewer than classes: one of each of two
+    assert len(np.unique(two.groups)) == 2
+    assert two.indices.tolist() != [0, 20]
 
 
 def test_hybrid_weighs_density_coverage_and_margin() -> None:

@@ -347,6 +347,18 @@ def test_several_vote_only_where_that_is_better(
     assert chosen.members == [first, second]
     assert sum(chosen.weights) == pytest.approx(1)
     assert max(chosen.tried.values()) == 100
+    third = finetuned(contest, entry="third")  # of no use: judged without it, as it is submitted
+    answers[third], voted = np.full((8, 4), 0.25), chosen.tried
+    chosen = ensembles.choose(contest, [first, second, third], mirror=False)
+    assert chosen.members == [first, second]
+    assert voted.items() <= chosen.tried.items()
+    judged: list[int] = []
+    whole = ensembles.cross_fitted
+    monkeypatch.setattr(
+        ensembles, "cross_fitted", lambda p, y: (judged.append(len(p)), whole(p, y))[1]
+    )
+    ensembles.choose(contest, [first, second, third], mirror=False)
+    assert judged == [2]
     write_manifest(second / "holdout.csv", held.take(np.arange(0)))
     with pytest.raises(InputError, match="held out no labels in common to choose by"):
         ensembles.choose(contest, [first, second], mirror=False)
