@@ -32,6 +32,7 @@ from pipeline.manifest import (
 )
 from pipeline.plan import minutes_of
 from pipeline.recipe import Recipe
+from pipeline.training_recipe import Finetune
 
 
 def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
@@ -87,15 +88,17 @@ def _learned(files: list[Path], encoder: Path | None) -> Manifest:
     """Images whose labels the encoder, or who gave the pseudo-labels among `files`, learned."""
     learned = [learned_labels(encoder.parents[1])] if encoder else []
     for file in files:
-        teacher = Path(_guessed(file).get("classifier", ""))
-        if (teacher / "trained_on.csv").is_file():  # not removed since
-            learned.append(labeled_images(teacher))
+        guessed = _guessed(file)
+        if guessed and Path(guessed["classifier"], "trained_on.csv").is_file():  # or removed since
+            learned.append(labeled_images(Path(guessed["classifier"])))
     return Manifest.concatenate([Manifest.of("", []), *learned])
 
 
-def _inherited(files: list[Path], mark: str) -> bool:
-    """Whether one who gave the pseudo-labels among `files` has the mark."""
-    return any(_guessed(file).get(mark, False) for file in files)
+def _marks(c: Finetune, train: Manifest, files: list[Path]) -> dict[str, bool]:
+    """`classifiers.MARKS` of this fine-tuning, or of who gave the pseudo-labels among `files`."""
+    own = c.init == "outside", c.monitor == "val" or bool((train.split == "val").any())
+    guessed = [_guessed(file) for file in files]
+    return {m: o or any(g.get(m) for g in guessed) for m, o in zip(MARKS, own, strict=True)}
 
 
 def _goes_on(facts: runs.Run) -> bool:
@@ -166,17 +169,8 @@ def run(
         pool = contest.pool(train.take(order))
         renew_statistics(final, classifier, pool, size, contest)
     head = {"kind": c.head, "features": width, "classes": contest.classes}
-    metadata: dict[str, Any] = {
-        "encoder": spec,
-        "head": head,
-        "mean": contest.mean,
-        "std": contest.std,
-    }
-    by_val = c.monitor == "val" or bool((train.split == "val").any())
-    own = {"transfer": c.init == "outside", "by_val": by_val}
-    metadata |= {"resolution": size} | {
-        mark: own[mark] or _inherited(files, mark) for mark in MARKS
-    }
+    metadata: dict[str, Any] = {"encoder": spec, "head": head, "resolution": size}
+    metadata |= {"mean": contest.mean, "std": contest.std} | _marks(c, train, files)
     for split in contest.splits_with(unlabeled=c.unlabeled):
         exact = split != "unlabeled"  # as the organizers compute
         file, k = folder / "logits" / f"{split}.npy", contest.classes
