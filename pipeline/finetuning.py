@@ -1,6 +1,6 @@
 """Fine-tuning: the classifier to start from, its trainer, and the report on the result."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,11 +100,12 @@ def finetuner(
     pool = contest.pool(train)
     targets = torch.from_numpy(train.label), torch.from_numpy(weights.astype(np.float32))
     further = recipe.seed, contest.mean, contest.std, accelerator
-    own = Feed(pool, [c.view], c.batch_size, *further, targets)
-    if c.balanced:
-        order = balanced(train.label)
-        epoch = partial(batch_at, len(order), c.batch_size, recipe.seed)
-        own = replace(own, choose=lambda step: order[epoch(step)])
+    order = balanced(train.label) if c.balanced else np.arange(len(train))
+
+    def chosen(step: int) -> npt.NDArray[np.int64]:
+        return order[batch_at(len(order), c.batch_size, recipe.seed, step)]
+
+    own = Feed(pool, [c.view], c.batch_size, *further, targets, choose=chosen)
     feed: Feed | JoinedFeed = own
     if consistency is not None:
         images = contest.manifest("unlabeled").usable()
