@@ -63,17 +63,18 @@ def find_copies(x: Floats, thumbs: npt.NDArray[np.uint8], cosine: float) -> Copi
     """Pairs of images whose embeddings `x` [n, d] are as similar as `cosine`, or whose hashes are
     equal and whose thumbnails are nearly.
 
-    Of many copies of one image all are paired with the first only where the hash finds them, and
-    with their nearest where the embeddings do.
+    Of images of one hash each is compared with the darkest and with the next darker one, by
+    embeddings with the nearest: of many copies of one image not all pairs are found.
     """
     similarities, near = graph(x, _NEAR)
     row, column = np.nonzero(similarities >= cosine)
     by_embedding = np.stack([row, near[row, column]], 1)
     hashed = hashes(thumbs)
-    order = np.argsort(hashed, kind="stable")
+    order = np.lexsort([thumbs.mean((1, 2)), hashed])  # of one hash from dark to bright
     starts = np.r_[True, hashed[order][1:] != hashed[order][:-1]] if len(order) else order > 0
-    first = order[starts][np.cumsum(starts) - 1]
-    by_hash = np.stack([first[~starts], order[~starts]], 1)
+    first, previous = order[starts][np.cumsum(starts) - 1], np.roll(order, 1)
+    pairs_of = [np.stack([those[~starts], order[~starts]], 1) for those in (first, previous)]
+    by_hash = np.concatenate(pairs_of)
     a, b = (thumbs[by_hash[:, k]].astype(np.float32) for k in (0, 1))
     by_hash = by_hash[np.abs(a - b).mean((1, 2)) <= _LEVELS]
     pairs = np.unique(np.sort(np.concatenate([by_embedding, by_hash]), axis=1), axis=0)

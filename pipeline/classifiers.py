@@ -25,7 +25,7 @@ from pipeline.packed import Pool
 
 MARKS = ("transfer", "by_val")
 """What a classifier's metadata marks: outside weights, or labels of val, took part in it, or in one
-that pseudo-labeled for it.
+that pseudo-labeled for it or chose the labels that it requested.
 """
 
 

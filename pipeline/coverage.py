@@ -85,6 +85,13 @@ def facility_location(
                 )
                 heap = list(values)
                 heapq.heapify(heap)
+                if (
+                    not gains[those].any() and not covered.any()
+                ):  # nothing has weight: in the order of the draw
+                    rest = those[np.argsort(tie[those])][: budget - len(picks)]
+                    picks += rest.tolist()
+                    advance(len(rest))
+                    break
             _, order, j = heapq.heappop(heap)
             new = gain(j)
             if heap and new < -heap[0][0]:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline import InputError
-from pipeline.manifest import Manifest, read_manifest
+from pipeline.manifest import DOUBTFUL, Manifest, read_manifest
 
 Integers = npt.NDArray[np.int64]
 
@@ -71,12 +71,14 @@ def training_set(
 
     The draw by `fraction` or `per_class` and the held-out share are of the first file, so that
     every round holds out the same images; none of those whose labels the encoder, or who gave
-    pseudo-labels, `learned` is held out.  Where an image has a label in several files, the first
-    counts.  Raises InputError where no labeled image is left.
+    pseudo-labels, `learned` is held out.  Labels noted as doubtful are held out as others are, so
+    that what is measured there stays comparable, but not trained on.  Where an image has a label in
+    several files, the first counts.  Raises InputError where no labeled image is left.
     """
     parts, seen = list[Manifest](), Manifest.of("", [])
     for file in files:
-        part = read_manifest(file).usable()
+        part = read_manifest(file)
+        part = part.take((part.note == "") | (part.note == DOUBTFUL))
         parts.append(part.take(~part.among(seen) & (part.label >= 0)))
         seen = Manifest.concatenate([seen, parts[-1]])
     if not sum(map(len, parts)):
@@ -86,6 +88,7 @@ def training_set(
     if learned is not None:
         held &= ~first.among(learned)
     train = Manifest.concatenate([first.take(~held), *parts[1:]])
+    train = train.usable()
     train = train.take(np.argsort(train.split, kind="stable"))  # one packed file after the other
     if not len(train):
         raise InputError("no labeled image is left to train on; a larger fraction is expected")

@@ -25,7 +25,7 @@ def build_encoder(name: str, stem: Stem = "imagenet", **options: Any) -> nn.Modu
     Raises ValueError where timm has no such model, or the stem does not fit it, or `options` ask
     for pretrained weights: those come in through finetune.init, where they are marked.
     """
-    if options.get("pretrained"):
+    if options.get("pretrained") or options.get("checkpoint_path"):
         raise ValueError("encoder.options may not ask for pretrained weights; finetune.init may")
     if not timm.is_model(name):
         near = ", ".join(get_close_matches(name, timm.list_models(), 5)) or "timm.list_models()"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ Ints = npt.NDArray[np.int64]
 INK, SOFT, MIST, PALE, PAPER = "#1f2430", "#7a8194", "#c5cede", "#dfe3ec", "#ffffff"
 BLUE, GREEN, RED, AMBER = "#2f6fde", "#1f9d6b", "#d64545", "#e0a030"
 HEAT = LinearSegmentedColormap.from_list("heat", [PAPER, "#cfe0fb", "#6d9df0", BLUE, "#12306e"])
+matplotlib.rcParams["text.parse_math"] = False  # a class may be named '$100'
 FEW = 30  # classes whose names fit into a picture
 _CELLS = 200  # of a confusion matrix, that an eye can tell apart
 _TILE, _GAP, _MARGIN, _FRAME = 112, 12, 28, 5  # pixels

@@ -201,7 +201,11 @@ def _of_task(item: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
     for annotation in item["annotations"]:
         if annotation.get("was_cancelled"):
             continue
-        results = [r for r in annotation["result"] or [] if r["type"] == "choices"]
+        results = [
+            r
+            for r in annotation["result"] or []
+            if r["type"] == "choices" and r.get("from_name", _CHOICE) == _CHOICE
+        ]
         choices = [choice for r in results for choice in _texts(r["value"]["choices"])]
         yield choices, _annotator(annotation.get("completed_by"))
 

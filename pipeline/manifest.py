@@ -26,6 +26,7 @@ from pipeline.tables import Column, read_table, write_table
 Integers = npt.NDArray[np.int64]
 PREPARED = ("split", "index", "file", "sha256", "label", "note")
 LABELS = ("split", "index", "label", "source")
+DOUBTFUL = "doubtful label"  # a note: may be held out as others are, but is not trained on
 PSEUDO_LABELS = ("split", "index", "label", "confidence", "source")
 _COLUMNS = {
     "split": Column(np.str_, required=True),

@@ -41,6 +41,12 @@ class Plan:
         return self.resolutions[-1]
 
 
+def check_budget(config: Any) -> None:
+    """Raise InputError where `config` has neither epochs nor steps nor minutes."""
+    if config.epochs is config.steps is config.minutes is None:
+        raise InputError("a budget is expected: epochs, steps or minutes, in the recipe's section")
+
+
 def plan_steps(
     config: Any, images: int, resolutions: list[int], seconds: Callable[[int], float]
 ) -> Plan:
@@ -49,8 +55,7 @@ def plan_steps(
     `config` has the fields epochs, steps, minutes and batch_size; `seconds(resolution)` times one
     step and is called for a budget in minutes only.
     """
-    if config.epochs is config.steps is config.minutes is None:
-        raise InputError("a budget is expected: epochs, steps or minutes, in the recipe's section")
+    check_budget(config)
     if config.minutes is not None:
         share = 60 * config.minutes / len(resolutions)
         costs = [seconds(r) for r in resolutions]

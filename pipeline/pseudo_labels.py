@@ -108,7 +108,7 @@ def apply(
     The last of the images of `evidence` [n + a] are apart: their labels `truth` [a] are known, but
     to nobody here.  Of the first n: rows [r], labels [r] and confidences [r] of those that get one,
     and the predictions [n] of all; then, of the images apart that the rule takes when they are
-    among the others, whether it labels them correctly.
+    among the others, whether it labels them correctly.  A prediction is -1 where nobody can tell.
     """
     labels, confidences = predictor(evidence)
     n, known = len(labels) - len(truth), np.flatnonzero(confidences > 0)  # else nobody can tell
@@ -117,15 +117,17 @@ def apply(
     tried = known[labeler(labels[known], confidences[known])]
     tried = tried[tried >= n]
     right = labels[tried] == truth[tried - n]
-    return rows, labels[rows], confidences[rows], labels[:n], right
+    predicted = np.where(confidences > 0, labels, -1)[:n]
+    return rows, labels[rows], confidences[rows], predicted, right
 
 
 def summary(predicted: Ints, labels: Ints, right: npt.NDArray[np.bool_], classes: int) -> Any:
     """Coverage, precision and its standard error in percent, and counts per class.
 
-    `predicted` [n] are the classes predicted for all images, `labels` [m] those that were given,
-    and `right` [r] is from `apply`; a precision without images is None.  The error is that of
-    Agresti and Coull (two right and two wrong images added): of 8 right of 8 it is not 0.
+    `predicted` [n] are the classes predicted for all images (-1: nobody can tell), `labels` [m]
+    those that were given, and `right` [r] is from `apply`; a precision without images is None.  The
+    error is that of Agresti and Coull (two right and two wrong images added): of 8 right of 8 it is
+    not 0.
     """
     r, hits = len(right), int(right.sum())
     p = (hits + 2) / (r + 4)
@@ -136,6 +138,6 @@ def summary(predicted: Ints, labels: Ints, right: npt.NDArray[np.bool_], classes
         "precision": 100 * hits / r if r else None,
         "precision_error": 100 * (p * (1 - p) / (r + 4)) ** 0.5 if r else None,
         "precision_images": r,
-        "predicted_per_class": np.bincount(predicted, minlength=classes).tolist(),
+        "predicted_per_class": np.bincount(predicted[predicted >= 0], minlength=classes).tolist(),
         "labeled_per_class": np.bincount(labels, minlength=classes).tolist(),
     }

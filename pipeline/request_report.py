@@ -101,7 +101,7 @@ def _map(
     left.grid(False)
     left.set(xticks=[], yticks=[])
     x = np.concatenate(parts)
-    if len(x) > 3:
+    if len(x) > 3 and np.ptp(x, 0).any():  # of equal rows PCA, where t-SNE begins, is not a number
         perplexity = min(30.0, (len(x) - 1) / 3)
         points = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(x)
         looks = (MIST, "unlabeled", 6), (AMBER, "labeled", 8), (BLUE, "asked for", 8)

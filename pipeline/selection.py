@@ -46,8 +46,10 @@ class Candidates:
 
     @cached_property
     def x(self) -> Floats:
-        """Embeddings [m, d] of the eligible images."""
-        return self.embeddings[self.eligible]
+        """Embeddings [m, d] of the eligible images; InputError where one is not finite."""
+        x = self.embeddings[self.eligible]
+        _check_finite(x, "embeddings", self.eligible)
+        return x
 
     @cached_property
     def graph(self) -> tuple[Floats, Ints]:
@@ -66,9 +68,13 @@ class Candidates:
         """Positions that may be picked: copies neither of a labeled image nor of an earlier one."""
         if self.near_duplicate > 1:
             return np.arange(len(self.x))
-        copies = self.known >= self.near_duplicate
-        _mark_copies(copies, *self.graph, self.near_duplicate)
-        return np.flatnonzero(~copies)
+        marked, (similarities, near) = self.known >= self.near_duplicate, self.graph
+        _mark_copies(marked, similarities, near, self.near_duplicate)
+        free = np.flatnonzero(~marked)
+        crowded = np.all(similarities >= self.near_duplicate, axis=1)  # may have more than known
+        while len(copies := _copies(self.x, free, free[crowded[free]], self.near_duplicate)):
+            free = np.setdiff1d(free, copies)
+        return free
 
     def _probabilities(self, positions: Ints) -> tuple[Floats, Floats]:
         """Class probabilities [p, classes] and energies [p], both the mean of the models'."""
@@ -83,9 +89,12 @@ class Candidates:
         with progress("margins", len(self.eligible), "images") as advance:
             for rows in chunks(len(self.eligible), self.classes):
                 p, found[1, rows] = self._probabilities(np.arange(len(self.eligible))[rows])
+                if p.shape[1] == 1:
+                    p = np.pad(p, ((0, 0), (1, 0)))  # a class alone has margin 1
                 second, first = np.partition(p, -2, axis=1)[:, -2:].T
                 found[0, rows] = first - second
                 advance(len(p))
+        _check_finite(found.T, "logits", self.eligible)
         return found
 
     @property
@@ -120,10 +129,13 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Request:
-    """The chosen images: `indices` [budget] of the split, and `groups` [budget], the clusters."""
+    """The chosen images: `indices` [budget] of the split, `groups` [budget], the clusters, and how
+    many images were no choice as `near_duplicates`.
+    """
 
     indices: Ints
     groups: Ints
+    near_duplicates: int
 
 
 class Strategy:
@@ -173,7 +185,9 @@ def choose(strategy: Strategy, candidates: Candidates, budget: int, seed: int) -
         unique = len(np.unique(picks)) == len(picks) == budget
         if not unique or not np.isin(picks, candidates.free).all():
             raise RuntimeError(f"{type(strategy).__name__} broke the rules of a request")
-        copies = _copies(candidates, picks)
+        if candidates.near_duplicate > 1:
+            break
+        copies = _copies(candidates.x, candidates.free, picks, candidates.near_duplicate)
         if not len(copies):
             break
         candidates = copy.copy(candidates)  # what other strategies see stays as it is
@@ -181,7 +195,8 @@ def choose(strategy: Strategy, candidates: Candidates, budget: int, seed: int) -
     if groups is None:
         _, groups = kmeans(candidates.x[picks], min(_GROUPS, budget), 10, seed)
     order = np.argsort(picks)
-    return Request(candidates.eligible[picks[order]], groups[order])
+    left_out = len(candidates.eligible) - len(candidates.free)
+    return Request(candidates.eligible[picks[order]], groups[order], left_out)
 
 
 def _mark_copies(
@@ -203,21 +218,28 @@ def _mark_copies(
     return np.array(originals, np.int64)
 
 
-def _copies(candidates: Candidates, picks: Ints) -> Ints:
-    """Free positions that are near-duplicates of an earlier one of the `picks`: those that an
-    approximate graph, or more copies than it has neighbors, let through.
+def _copies(x: Floats, free: Ints, picks: Ints, threshold: float) -> Ints:
+    """Positions of `free` in `x` [n, d] that are as similar as `threshold` to an earlier one of the
+    `picks`: those that an approximate graph, or more copies than it has neighbors, let through.
     """
-    if candidates.near_duplicate > 1:
+    if len(picks) < 2:
         return picks[:0]
-    x, free, picks = candidates.x, candidates.free, np.sort(picks)
+    picks = np.sort(picks)
     copies = np.zeros(len(picks), np.bool_)
     found = search(x[picks], x[picks], NEIGHBORS)
-    originals = picks[_mark_copies(copies, *found, candidates.near_duplicate)]
+    originals = picks[_mark_copies(copies, *found, threshold)]
     if not len(originals):
         return originals
-    nearest = search(x[free], x[originals], 1)[0].max(1, initial=-1)
-    of_free = free[nearest >= candidates.near_duplicate]
+    of_free = free[search(x[free], x[originals], 1)[0][:, 0] >= threshold]
     return np.setdiff1d(np.union1d(of_free, picks[copies]), originals)
+
+
+def _check_finite(x: Floats, what: str, indices: Ints) -> None:
+    if len(wrong := indices[~np.isfinite(x.sum(1))]):
+        raise InputError(
+            f"{what} of {len(wrong):,} unlabeled images, {wrong[0]}.png the first, are not finite; "
+            f"numbers are expected (precision: 'no' may help)"
+        )
 
 
 def check_logits(contest: Contest, file: Path) -> None:

@@ -3,7 +3,8 @@
 python -m stages.audit --recipe recipes/mini98.yaml [--cosine 0.98 --write-clean]
 Reads runs/ENTRY/embeddings/SPLIT.npy, data/CONTEST/SPLIT.npy and the manifests; writes
 runs/ENTRY/audit/{duplicates.csv, duplicates.png, labels.csv, labels.png, provenance.json} and, if
-asked to, clean.csv: train without the doubtful labels, for `finetune.manifests`.
+asked to, clean.csv, for `finetune.manifests`: train with a note at doubtful labels, which are not
+trained on then (take a note away, and its label is).
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,9 +16,10 @@ import numpy as np
 
 from pipeline import audit, config, runs
 from pipeline.checks import check
+from pipeline.draws import learned_labels
 from pipeline.figures import AMBER, GREEN, RED, Tile, image_rows
 from pipeline.finetuning import rows_of
-from pipeline.manifest import Contest, Manifest, load_contest, write_manifest
+from pipeline.manifest import DOUBTFUL, Contest, Manifest, load_contest, write_manifest
 from pipeline.neighbours import search
 from pipeline.recipe import Recipe
 from pipeline.tables import Column, read_table, write_table
@@ -32,7 +34,8 @@ class Options(config.Force):
         default=0.98, metadata={"help": "Embeddings that are as similar belong to copies."}
     )
     write_clean: bool = field(
-        default=False, metadata={"help": "Write train without the doubtful labels to clean.csv."}
+        default=False,
+        metadata={"help": "Write clean.csv: train, doubtful labels noted as not to be trained on."},
     )
 
 
@@ -116,6 +119,8 @@ def _labels(
     said = f"{len(wrong):,} of {len(train):,} labels of train look wrong"
     if len(np.unique(train.label)) == len(train):
         said += " (none can be judged: no class has two)"
+    if learned := int(train.among(learned_labels(out.parent)).sum()):
+        said += f"; pretraining learned {learned:,} of them, so wrong ones look right"
     note = "the most doubtful first; beside each its nearest labeled images, green of its class"
     image_rows(out / "labels.png", rows, said, note)
     runs.say(said)
@@ -123,13 +128,14 @@ def _labels(
 
 
 def _write_clean(contest: Contest, out: Path) -> None:
-    """Write train without the images of labels.csv."""
+    """Write train with a note at the images of labels.csv."""
     columns = {"index": Column(np.int64, required=True)}
     columns |= {name: Column(np.object_) for name in _COLUMNS if name != "index"}
     doubtful = read_table(out / "labels.csv", columns)["index"]
     train = contest.manifest("train").usable()
-    kept = (train.label >= 0) & ~np.isin(train.index, doubtful)
-    write_manifest(out / "clean.csv", train.take(kept))
+    train = train.take(train.label >= 0)
+    train.note[np.isin(train.index, doubtful)] = DOUBTFUL
+    write_manifest(out / "clean.csv", train, ("split", "index", "label", "note"))
     runs.say(f"wrote {out / 'clean.csv'}: name it in finetune.manifests to train on it")
 
 

@@ -110,8 +110,10 @@ def _words(command: str) -> list[str]:
         raise InputError(f"--peer: {command!r} is no command ({error})") from None
 
 
-def run_peer(command: str, seed: int, file: Path) -> None:
-    """Run a peer, and record what its last line says; InputError where it fails or says nothing."""
+def run_peer(command: str, seed: int, file: Path, contest: str) -> None:
+    """Run a peer, and record what its last line says beside the digest of the `contest`; InputError
+    where it fails or says nothing.
+    """
     words = [*_words(command), "--seed", str(seed)]
     runs.say(f"\n$ {shlex.join(words)}")
     began = time.monotonic()
@@ -125,7 +127,7 @@ def run_peer(command: str, seed: int, file: Path) -> None:
             f"finetuned is expected"
         ) from None
     took = {"wall_minutes": (time.monotonic() - began) / 60}
-    facts = {"machine": processor(), "command": command}
+    facts = {"machine": processor(), "command": command, "contest": contest}
     runs.write_json(file, {"seed": seed} | found | took | facts | {"said": said})
 
 
@@ -135,6 +137,7 @@ def run(a: Namespace, command: str) -> None:
     comparison.of_one_contest([e.contest.name for e in all_of])
     _words(a.peer)
     target = "compare-finetunings" if a.encoder else "compare-entries"
+    contest = runs.sha256(all_of[0].contest.folder / "contest.json")
     digest = hashlib.sha256(a.peer.encode()).hexdigest()[:8]
     peers = [a.records / f"peer-{digest}-s{seed}.json" for seed in range(a.seeds)]
 
@@ -142,7 +145,7 @@ def run(a: Namespace, command: str) -> None:
         if not a.peer or not file.is_file():
             return None
         found: dict[str, Any] = runs.read_json(file, "the comparison")
-        return found if found["command"] == a.peer else None
+        return found if (found["command"], found.get("contest")) == (a.peer, contest) else None
 
     def write() -> None:
         rows = {e.name: e.recorded() for e in all_of}
@@ -154,7 +157,7 @@ def run(a: Namespace, command: str) -> None:
     for seed in range(a.seeds):
         entrants.run_all([(e, seed) for e in all_of], partial(run_one, a.encoder), write)
         if a.peer and of_peer(peers[seed]) is None:
-            run_peer(a.peer, seed, peers[seed])
+            run_peer(a.peer, seed, peers[seed], contest)
             write()
     runs.say(f"wrote {a.table} from the records in {a.records}; next: commit both")
 

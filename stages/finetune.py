@@ -30,7 +30,7 @@ from pipeline.manifest import (
     load_contest,
     write_manifest,
 )
-from pipeline.plan import minutes_of
+from pipeline.plan import check_budget, minutes_of
 from pipeline.recipe import Recipe
 from pipeline.training_recipe import Finetune
 
@@ -42,7 +42,9 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
         if name == "requested":
             files += runs.numbered(contest.folder, "requested")
         elif name == "pseudo":
-            files += runs.numbered(runs.entry_folder(recipe.entry), "pseudo")[-1:]
+            files += (newest := runs.numbered(runs.entry_folder(recipe.entry), "pseudo")[-1:])
+            for file in newest:
+                runs.require(file.with_suffix(".json"), "make pseudo-label")
         elif name == "train":
             files.append(runs.require(contest.folder / "train.csv", "make data"))
         else:
@@ -55,10 +57,10 @@ def _manifests(recipe: Recipe, contest: Contest) -> list[Path]:
     return files
 
 
-def _guessed(labels: Path) -> dict[str, Any]:
-    """The record of a file of pseudo-labels; of any other file nothing."""
+def _record(labels: Path) -> dict[str, Any]:
+    """The record of a file of pseudo-labels or of requested ones; of any other file nothing."""
     record = labels.with_suffix(".json")
-    if not labels.name.startswith("pseudo-") or not record.is_file():
+    if not labels.name.startswith(("pseudo-", "requested-")) or not record.is_file():
         return {}
     return dict(runs.read_json(record, "make pseudo-label"))
 
@@ -68,7 +70,7 @@ def _check_pseudo_labels(labels: Path, contest: Contest, encoder: Path | None) -
     at another state of the `encoder`.
     """
     record = labels.with_suffix(".json")
-    if not (guessed := _guessed(labels)):
+    if "classifier" not in (guessed := _record(labels)):
         return
     anew = f"to begin anew, remove the pseudo-* and finetune-* of {labels.parent}"
     contest.check_same(labels, record, anew)
@@ -88,17 +90,19 @@ def _learned(files: list[Path], encoder: Path | None) -> Manifest:
     """Images whose labels the encoder, or who gave the pseudo-labels among `files`, learned."""
     learned = [learned_labels(encoder.parents[1])] if encoder else []
     for file in files:
-        guessed = _guessed(file)
-        if guessed and Path(guessed["classifier"], "trained_on.csv").is_file():  # or removed since
-            learned.append(labeled_images(Path(guessed["classifier"])))
+        guesser = _record(file).get("classifier")
+        if guesser and Path(guesser, "trained_on.csv").is_file():  # or removed since
+            learned.append(labeled_images(Path(guesser)))
     return Manifest.concatenate([Manifest.of("", []), *learned])
 
 
 def _marks(c: Finetune, train: Manifest, files: list[Path]) -> dict[str, bool]:
-    """`classifiers.MARKS` of this fine-tuning, or of who gave the pseudo-labels among `files`."""
+    """`classifiers.MARKS` of this fine-tuning, of who gave the pseudo-labels among `files`, or of
+    who chose the requested ones.
+    """
     own = c.init == "outside", c.monitor == "val" or bool((train.split == "val").any())
-    guessed = [_guessed(file) for file in files]
-    return {m: o or any(g.get(m) for g in guessed) for m, o in zip(MARKS, own, strict=True)}
+    of_files = [_record(file) for file in files]
+    return {m: o or any(r.get(m) for r in of_files) for m, o in zip(MARKS, own, strict=True)}
 
 
 def _goes_on(facts: runs.Run) -> bool:
@@ -135,6 +139,7 @@ def run(
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return folder
+    check_budget(c)
     accelerator = make_accelerator(c.precision, folder)
     learned = _learned(files, pretrained)
     train, held = training_set(files, c.fraction, c.per_class, c.holdout, recipe.seed, learned)

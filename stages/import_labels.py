@@ -3,7 +3,8 @@
 python -m stages.import_labels --recipe recipes/demo.yaml --answer label_00.pt
 Reads the answer (an int64 tensor in the request's order, a CSV of N.png,label, or Label Studio's
 JSON or JSON-MIN, also of a request half answered) and runs/ENTRY/label_request/request_NN.csv;
-writes data_manifests/CONTEST/requested-K.csv, and label-studio/disagreements.csv beside the request
+writes data_manifests/CONTEST/requested-K.csv (and .json, where outside weights or labels of val
+chose what was asked for), and label-studio/disagreements.csv beside the request
 where annotators disagree.
 """
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from pipeline import InputError, config, label_studio, runs
 from pipeline.answers import check_request, read_answer, read_request, shown
+from pipeline.classifiers import MARKS
 from pipeline.manifest import Contest, Manifest, load_contest, read_manifest, write_manifest
 from pipeline.recipe import Recipe
 
@@ -48,7 +50,7 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     for file, manifest in earlier.items():
         if len(manifest) and str(manifest.source[0]).endswith(digest):
             same = file
-            if answer.suffix.lower() == ".pt" and request.is_file():
+            if answer.suffix.lower() in (".pt", ".pth") and request.is_file():
                 _check_images(answer, request, contest, file, manifest)
             if not _asks_for_more(request, contest, manifest, earlier):
                 return _imported_before(answer, file)
@@ -57,9 +59,13 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     check_request(request, indices)
     known, of_file = _known(contest, indices, earlier)
     if answer.suffix.lower() == ".json":
+        before = [m.index[(m.split == "unlabeled") & (m.label >= 0)] for m in earlier.values()]
+        others = np.setdiff1d(np.concatenate([indices[:0], *before]), indices)
+        asked, indices = len(indices), np.concatenate([indices, others])  # of one project
+        known, of_file = _known(contest, indices, earlier)
         export = label_studio.read_export(answer, request, indices, contest.names)
         _check_same(answer, indices, export.labels, known, of_file, contest.names)
-        labels = _open_labels(answer, request, indices, export, known, contest.names)
+        labels = _open_labels(answer, request, asked, indices, export, known, contest.names)
     else:
         labels = read_answer(answer, request, indices, contest.classes, known >= 0)
         _check_same(answer, indices, labels, known, of_file, contest.names)
@@ -75,6 +81,11 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     manifest = Manifest.of(
         "unlabeled", indices[order], labels[order], source=f"{answer.name} {digest}"
     )
+    made = request.with_name("request.json")
+    facts = runs.read_json(made, "make label-request") if made.is_file() else {}
+    out.with_suffix(".json").unlink(missing_ok=True)
+    if marks := {mark: True for mark in MARKS if facts.get(mark)}:
+        runs.write_json(out.with_suffix(".json"), marks)  # of who chose them
     write_manifest(out, manifest)
     classes = len(np.unique(labels))
     runs.say(f"{len(labels):,} labels of {classes:,} of the {contest.classes:,} classes")
@@ -146,12 +157,14 @@ def _check_same(
 def _open_labels(
     answer: Path,
     request: Path,
+    asked: int,
     indices: Ints,
     export: label_studio.Export,
     known: Ints,
     names: list[str],
 ) -> Ints:
-    """The labels [n] in an export of Label Studio, -1 where it has none.
+    """The labels [n] in an export of Label Studio, -1 where it has none, of the `asked` images that
+    `request` asks for and of those imported before.
 
     Says what is missing and what annotators disagree on.  Raises InputError where there is no
     label at all.
@@ -162,14 +175,14 @@ def _open_labels(
     if disputed.any():
         _say_disputed(request, export, names, int((disputed & (known >= 0)).sum()))
     missing = indices[open_ & ~disputed]
-    if open_.all():
+    if not (export.labels >= 0).any():
         raise InputError(
-            f"{answer} has no label to import: of the {len(indices):,} images that {request} asks "
-            f"for {len(missing):,} have none, and annotators disagree on {disputed.sum():,}"
+            f"{answer} has no label to import: of the {asked:,} images that {request} asks for "
+            f"{len(missing):,} have none, and annotators disagree on {disputed.sum():,}"
         )
     if len(missing):
         runs.say(
-            f"{len(missing):,} of the {len(indices):,} images asked for have no label yet: "
+            f"{len(missing):,} of the {asked:,} images asked for have no label yet: "
             f"{shown(missing)}; import a later export when they have"
         )
     return export.labels

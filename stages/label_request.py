@@ -18,6 +18,8 @@ import numpy as np
 
 from pipeline import InputError, config, label_studio, runs
 from pipeline.answers import check_request, read_request, write_request
+from pipeline.checkpoint import load_tensors
+from pipeline.classifiers import MARKS
 from pipeline.manifest import Contest, load_contest, read_manifest
 from pipeline.recipe import Recipe
 from pipeline.request_report import overlap, report
@@ -76,10 +78,10 @@ def run(
         candidates = look()
         runs.say(f"choosing {c.budget:,} of {len(candidates.eligible):,} images …")
         request = choose(strategy, candidates, c.budget, recipe.seed)
-        if copies := len(candidates.eligible) - len(candidates.free):
+        if request.near_duplicates:
             runs.say(
-                f"{copies:,} images were no choice, as near-duplicates of labeled images or of "
-                f"others (label_request.near_duplicate: {c.near_duplicate})"
+                f"{request.near_duplicates:,} images were no choice, as near-duplicates of labeled "
+                f"images or of others (label_request.near_duplicate: {c.near_duplicate})"
             )
         facts.begin()
         for request_before in (file, *before):
@@ -91,10 +93,13 @@ def run(
         report(facts.folder, contest, candidates, request, recipe.seed, title)
         digest = hashlib.sha256(request.indices.astype("<i8").tobytes()).hexdigest()
         made = plain["label_request"] | {"seed": recipe.seed, "indices_sha256": digest}
+        made |= _marks(logits if needed else [])
         write_request(file, request.indices)
         runs.write_json(facts.folder / "request.json", made | {"file": file.name})
         facts.finish(
-            eligible=len(candidates.eligible), near_duplicates=copies, indices_sha256=digest
+            eligible=len(candidates.eligible),
+            near_duplicates=request.near_duplicates,
+            indices_sha256=digest,
         )
         then = "; next: send it, then make import-labels" if format == "contest" else ""
         runs.say(f"wrote {file}, picks.csv and pictures{then}")
@@ -119,6 +124,13 @@ def _logits(contest: Contest, entries: list[str], needed: bool) -> list[Path]:
         if needed:
             raise
         return []
+
+
+def _marks(logits: list[Path]) -> dict[str, bool]:
+    """Those of `classifiers.MARKS` that a classifier has whose logits choose."""
+    files = [file.parents[1] / "classifier.safetensors" for file in logits]
+    read = [load_tensors(runs.require(file, "make finetune"))[1] for file in files]
+    return {mark: True for mark in MARKS if any(metadata.get(mark) for metadata in read)}
 
 
 def _is_answered_in_part(
@@ -174,7 +186,10 @@ def _compare(
     for kind in Strategy.__subclasses__():
         if kind.__name__ not in chosen and (candidates.logits or not kind.uses_logits):
             runs.say(f"{kind.__name__} …")
-            chosen[kind.__name__] = choose(kind(), candidates, len(indices), seed).indices
+            try:
+                chosen[kind.__name__] = choose(kind(), candidates, len(indices), seed).indices
+            except InputError as error:  # the request is made; this is what others would be
+                runs.say(f"{kind.__name__} is left out: {error}")
     overlap(folder, chosen)
 
 

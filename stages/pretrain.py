@@ -17,7 +17,7 @@ from pipeline.checkpoint import save_tensors
 from pipeline.figures import curve
 from pipeline.machine import make_accelerator, peak_memory
 from pipeline.manifest import load_contest, write_manifest
-from pipeline.plan import minutes_of
+from pipeline.plan import check_budget, minutes_of
 from pipeline.pretraining import check_inputs, pretrainer
 from pipeline.recipe import Recipe
 from pipeline.supervision import SupervisedContrast
@@ -40,6 +40,7 @@ def run(
     if facts.is_current() and not force:
         runs.say(f"{folder} is up to date (--force runs it anew)")
         return
+    check_budget(c)
     pool = check_inputs(recipe, contest)
     accelerator = make_accelerator(c.precision, folder)
     trainer = pretrainer(recipe, contest, pool, accelerator, facts)

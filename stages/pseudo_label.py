@@ -118,7 +118,6 @@ def _label(
     out = _next(entry, latest)
     before = _newest(entry, but=out)
     new = labeling.changed(read_manifest(before), manifest) if before and round_ > 1 else 100.0
-    write_manifest(out, manifest, PSEUDO_LABELS)
     found = summary(predicted, labels, right, contest.classes) | {"temperature": temperature}
     found |= {"precision_upper": labeling.learned_guesses(latest)}
     found |= {"changed": new, "true_precision": labeling.true_precision(contest, manifest)}
@@ -126,11 +125,13 @@ def _label(
     names = contest.names
     per_class = [np.array(found[f"{kind}_per_class"]) for kind in ("predicted", "labeled")]
     of_apart, confidences = predictions(evidence.logits[len(images) :])
-    hits, picture = of_apart == apart.label, out.with_suffix(".png")
-    coverage(picture, per_class[0], per_class[1], confidences, hits, names, said)
     made = {"round": round_, "classifier": str(latest), "precision_on": what}
     _, metadata = load_tensors(latest / "classifier.safetensors")
     made |= {mark: metadata.get(mark, False) for mark in MARKS}
+    out.with_suffix(".json").unlink(missing_ok=True)  # of a rule before: the next is not its
+    write_manifest(out, manifest, PSEUDO_LABELS)
+    hits, picture = of_apart == apart.label, out.with_suffix(".png")
+    coverage(picture, per_class[0], per_class[1], confidences, hits, names, said)
     runs.write_json(out.with_suffix(".json"), facts | made | found)
     labeling.write_rounds(entry)
     runs.say(f"{said}\nwrote {out}, .png and .json; next: make finetune")

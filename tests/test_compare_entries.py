@@ -1,5 +1,6 @@
 """The comparison of entries: each goes through what it needs, once, and peers beside them."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_each_entry_goes_through_what_it_needs_and_peers_beside(calls: list[Call
     assert not calls
     assert Path("peers").read_text() == "01"
     assert Path("docs/labels.md").read_text() == text
+
+
+def test_a_peer_is_run_again_on_another_contest(calls: list[Call]) -> None:
+    argv = ["scratch.yaml", "--seeds", "1", "--peer", PEER]
+    compare(*argv)
+    file = next(Path("docs/entries").glob("peer-*-s0.json"))
+    made = json.loads(file.read_text())
+    assert made["contest"] == runs.sha256(Path("data_manifests/tiny/contest.json"))
+    file.write_text(json.dumps(made | {"contest": "of other images"}))
+    compare(*argv)
+    assert Path("peers").read_text() == "00"
+    assert json.loads(file.read_text())["contest"] == made["contest"]
 
 
 def test_recipes_over_a_base_start_from_its_encoder(

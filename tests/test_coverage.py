@@ -74,3 +74,17 @@ def test_the_seed_decides_among_equals() -> None:
         for s in range(5)
     }
     assert len(found) > 1
+
+
+@pytest.mark.parametrize("known", [0.0, 1.0])
+def test_what_has_no_weight_is_picked_without_computing_all_gains_each_time(
+    known: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = list[int]()
+    monkeypatch.setattr(coverage.heapq, "heapify", lambda heap: built.append(len(heap)))
+    near, kernel = np.zeros((30, 0), np.int64), np.zeros((30, 0), np.float32)
+    weights, covered = np.zeros(30, np.float32), np.full(30, known, np.float32)
+    found = facility_location(near, kernel, weights, covered, np.arange(5, 30), 20, 0)
+    assert len(set(found.tolist())) == 20
+    assert found.min() >= 5
+    assert len(built) <= 2

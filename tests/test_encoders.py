@@ -69,5 +69,7 @@ def test_small_stems_keep_pixels(stem: str, stride: int, pooled: bool) -> None:
 def test_pretrained_weights_are_no_option() -> None:
     with pytest.raises(ValueError, match="may not ask for pretrained weights"):
         build_encoder("resnet18", pretrained=True)
+    with pytest.raises(ValueError, match="may not ask for pretrained weights"):
+        build_encoder("resnet18", checkpoint_path="outside.pth")
     with pytest.raises(ValueError, match="'resnet19' is not a timm model; near it: resnet"):
         build_encoder("resnet19")

@@ -125,3 +125,9 @@ def test_a_picture_replaces_another_whole(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_no_global_state_of_pyplot_is_used() -> None:
     assert "pyplot" not in Path(figures.__file__).read_text()
+
+
+def test_a_class_may_be_named_as_mathematics_is(tmp_path: Path) -> None:
+    labels = np.array([0, 1, 1])
+    confusion(tmp_path / "c.png", labels, labels, ["$^$", "$100%_$"])
+    assert (tmp_path / "c.png").is_file()

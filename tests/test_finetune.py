@@ -1,5 +1,6 @@
 """The fine-tuning stage: rounds, what is trained, what is chosen by, what is kept."""
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -25,9 +26,9 @@ from pipeline.manifest import Manifest, load_contest, read_manifest, write_manif
 from pipeline.runs import read_json
 from pipeline.trainer import Trainer
 from pipeline.views import WHOLE, Views, uniforms
-from stages import embed, finetune, pretrain, pseudo_label
+from stages import embed, finetune, import_labels, label_request, pretrain, pseudo_label
 
-from .conftest import TINY
+from .conftest import TINY, unit
 
 OPTIONS = [
     "--finetune.steps=20",
@@ -403,12 +404,42 @@ def test_who_learns_from_guesses_has_the_marks_of_who_guessed(
     assert marks == {folder: (outside, not outside), clean: (False, False), last: marks[folder]}
 
 
+def test_who_learns_requested_labels_has_the_marks_of_who_chose_them(tiny_contest: Path) -> None:
+    torch.save(build_encoder("resnet10t").state_dict(), "outside.pth")
+    first = ["--finetune.weights=outside.pth", "--finetune.steps=2"]
+    run(*first, "--finetune.init=outside", entry="g")
+    run("--finetune.init=scratch", "--finetune.steps=2", entry="c")
+    made = Path("runs/g/embeddings")
+    made.mkdir()
+    rng = np.random.default_rng(0)
+    counts = {split: load_contest("tiny").images(split) for split in ("unlabeled", "train")}
+    for split, n in counts.items():
+        np.save(made / f"{split}.npy", unit(rng.standard_normal((n, 8))))
+    contest = Path("data_manifests/tiny/contest.json")
+    (made / "provenance.json").write_text(
+        json.dumps({"inputs": {str(contest): runs.sha256(contest)}})
+    )
+    argv = [*TINY, "--entry=g", "--label_request.budget=4"]
+    for strategy, marked in (("Random", False), ("Margin", True)):
+        recipe, _, plain = config.parse("", argv=[*argv, f"--label_request.strategy={strategy}"])
+        label_request.run(recipe, plain, force=True)
+        asked = Path("runs/g/label_request/request_00.csv").read_text().split()
+        Path("answer.csv").write_text("".join(f"{row}1\n" for row in asked))
+        file = import_labels.run(recipe, Path("answer.csv"))
+        folder = run("--finetune.init=scratch", "--finetune.steps=2", entry="c")
+        metadata = load_tensors(folder / "classifier.safetensors")[1]
+        assert (metadata["transfer"], metadata["by_val"]) == (marked, False)
+        file.unlink()
+        file.with_suffix(".json").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize(
     ("option", "reason"),
     [
         ("--finetune.schedule=plateau", "schedule 'plateau' has no held-out labels to look at"),
         ("--finetune.manifests=[nope.csv]", "finetune: nope.csv is not there; among manifests"),
         ("--finetune.eval_resolution=1", "too small"),
+        ("--finetune.steps=null", "a budget is expected: epochs, steps or minutes"),
     ],
 )
 def test_a_refused_command_leaves_what_is_finished(

@@ -244,14 +244,17 @@ def test_the_same_answer_is_imported_once(asked: Path, capsys: pytest.CaptureFix
     assert runs.numbered(Path("data_manifests/small"), "requested") == [first]
 
 
-def test_the_same_labels_for_other_images_are_no_answer_imported_before(asked: Path) -> None:
+@pytest.mark.parametrize("name", ["label_00.pt", "label_00.pth"])
+def test_the_same_labels_for_other_images_are_no_answer_imported_before(
+    asked: Path, name: str
+) -> None:
     """A tensor names no images: nothing tells whether it is this request's answer."""
-    torch.save(torch.tensor(LABELS), "label_00.pt")
-    first = answer("label_00.pt")
+    torch.save(torch.tensor(LABELS), name)
+    first = answer(name)
     asked.write_text("1.png,\n3.png,\n4.png,\n5.png,\n")
-    expected = rf"label_00.pt was imported before, as {first}, but .* asks for other images; its"
+    expected = rf"{name} was imported before, as {first}, but .* asks for other images; its"
     with pytest.raises(InputError, match=expected):
-        answer("label_00.pt")
+        answer(name)
     rows = zip((1, 3, 4, 5), LABELS, strict=True)
     Path("label.csv").write_text("".join(f"{n}.png,{k}\n" for n, k in rows))
     assert read_manifest(answer("label.csv")).label.tolist() == LABELS

@@ -219,6 +219,34 @@ def test_a_request_is_there_before_it_is_compared(
     assert file.with_name("overlap.csv").is_file()
 
 
+def test_a_strategy_that_cannot_fill_the_budget_is_left_out_of_the_overlap(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = label_request.choose
+
+    def chosen(strategy: Strategy, *rest: Any) -> Any:
+        if type(strategy).__name__ == "ProbCover":
+            raise InputError("label_request: budget is 8 and 7 unlabeled images can be asked for")
+        return whole(strategy, *rest)
+
+    write_finetune()
+    monkeypatch.setattr(label_request, "choose", chosen)
+    ask("--label_request.strategy=Random", compare=True)
+    assert "ProbCover is left out: label_request: budget is 8 and 7" in capsys.readouterr().out
+    with Path("runs/entry/label_request/overlap.csv").open() as file:
+        names = [row["strategy"] for row in csv.DictReader(file)]
+    assert sorted(names) == sorted({*STRATEGIES} - {"ProbCover"})
+
+
+def test_equal_embeddings_have_no_map(here: Path) -> None:
+    """Those of a collapsed encoder; t-SNE would end the process."""
+    for split in ("unlabeled", "train"):
+        file = Path(f"runs/entry/embeddings/{split}.npy")
+        np.save(file, np.tile(np.load(file)[:1], (len(np.load(file)), 1)))
+    assert len(ask("--label_request.near_duplicate=2", "--label_request.strategy=Random")) == 8
+    assert Path("runs/entry/label_request/map.png").is_file()
+
+
 def test_a_request_is_made_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ask()
     file = here / "runs/entry/label_request/request_00.csv"

@@ -317,6 +317,34 @@ def test_later_exports_add_what_is_new(asked: Path, capsys: pytest.CaptureFixtur
     ]
 
 
+def test_a_project_may_hold_several_requests(
+    asked: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tasks of a second one are imported beside those of the first, and so exported."""
+    first = [task(9, "bee"), task(2, "ant"), task(30, "dog"), task(17, "cat")]
+    imported(first)
+    asked.write_text("1.png,\n4.png,\n")
+    capsys.readouterr()
+    second = imported([*first, task(4, "bee"), task(1)], "later.json")
+    found = read_manifest(second)
+    assert (found.index.tolist(), found.label.tolist()) == ([4], [1])
+    said = capsys.readouterr().out
+    assert "1 of the 2 images asked for have no label yet: 1.png;" in said
+    with pytest.raises(InputError, match=r"differ from those imported before: 'cat', and 'bee' in"):
+        imported([task(9, "cat"), task(1, "ant")], "changed.json")
+    with pytest.raises(InputError, match=r"item 1 is 3.png; .* does not ask for it"):
+        imported([task(3, "cat"), task(1, "ant")], "changed.json")
+
+
+def test_choices_of_other_names_are_not_the_label(asked: Path) -> None:
+    """A project may ask for more than config.xml."""
+    more = task(9, "bee")
+    other = {"from_name": "quality", "to_name": "image", "type": "choices"}
+    more["annotations"][0]["result"].insert(0, other | {"value": {"choices": ["blurred"]}})
+    assert read_manifest(imported([more])).label.tolist() == [1]
+    assert read_manifest(imported([least(2, "ant") | {"quality": "blurred"}])).label.tolist() == [0]
+
+
 def test_a_label_that_has_changed_is_refused(asked: Path) -> None:
     first = imported([task(9, "bee"), task(2, "ant")])
     with pytest.raises(InputError) as error:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline import InputError
 from pipeline.draws import choose_labels, hold_out, training_set
 from pipeline.manifest import (
+    DOUBTFUL,
     LABELS,
     PREPARED,
     PSEUDO_LABELS,
@@ -190,6 +191,20 @@ def test_a_training_set_counts_an_image_once_and_holds_out_of_the_first_file(tmp
     assert everything == list(range(1, 40))
     few, _ = training_set([train, more], 1.0, 2, 0.0, seed=0)
     assert np.bincount(few.label[:-1]).tolist() == [2, 2, 2, 2]
+
+
+def test_doubtful_labels_are_held_out_as_before_but_not_trained_on(tmp_path: Path):
+    train, clean = tmp_path / "train.csv", tmp_path / "clean.csv"
+    labels, doubtful = np.arange(40) % 4, np.arange(0, 40, 3)
+    write_manifest(train, Manifest.of("train", np.arange(40), labels), PREPARED)
+    note = np.where(np.isin(np.arange(40), doubtful), DOUBTFUL, "").tolist()
+    noted = Manifest.of("train", np.arange(40), labels, note=note)
+    write_manifest(clean, noted, ("split", "index", "label", "note"))
+    used, held = training_set([train], 1.0, None, 0.2, 0)
+    less, same = training_set([clean], 1.0, None, 0.2, 0)
+    assert same.index.tolist() == held.index.tolist()
+    assert np.isin(held.index, doubtful).any()
+    assert less.index.tolist() == [n for n in used.index.tolist() if n % 3]
 
 
 def test_a_row_without_a_label_hides_no_later_one(tmp_path: Path):

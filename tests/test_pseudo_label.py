@@ -19,6 +19,7 @@ from tests.fake_run import (
     SKIPPED,
     TWINS,
     label,
+    parsed,
     start,
     write_finetune,
     write_run,
@@ -320,6 +321,25 @@ def test_a_round_that_was_killed_before_its_record_is_left_out(here: Path) -> No
     start(pseudo_label)
     rows = Path("runs/entry/pseudo-rounds.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows[1:]] == ["pseudo-2.csv"]
+
+
+def test_labels_of_another_rule_have_no_record_of_the_one_before(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two files, neither stage takes one for the other's."""
+    write_finetune()
+    start(pseudo_label)
+    file = Path("runs/entry/pseudo-1.csv")
+    before = file.read_bytes()
+    with monkeypatch.context() as m:
+        m.setattr(pseudo_label, "coverage", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(pseudo_label, "--pseudo_label.strategy.fraction=0.5")
+    assert file.read_bytes() != before
+    with pytest.raises(InputError, match=r"pseudo-1.json is not there; `?make pseudo-label`? mak"):
+        finetune._manifests(parsed().recipe, load_contest("small"))
+    start(pseudo_label)
+    assert file.read_bytes() == before
 
 
 def test_a_round_that_was_killed_before_its_record_is_made_again(

@@ -149,6 +149,9 @@ def test_what_nobody_can_tell_gets_no_label(rule: PseudoLabeler) -> None:
     given = apply(Unsure(), rule, evidence(logits), np.zeros(10, np.int64))
     np.testing.assert_array_equal(given[0], np.arange(0, 20, 2))
     assert len(given[4]) == 5
+    found = summary(given[3], given[1], given[4], 5)
+    assert (given[3][1::2] == -1).all()
+    assert (sum(found["predicted_per_class"]), found["eligible"]) == (10, 20)
 
 
 def test_images_apart_do_not_change_the_labels() -> None:

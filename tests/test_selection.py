@@ -85,8 +85,37 @@ def test_more_copies_than_neighbors_are_kept_apart(
     x += 1e-4 * rng.standard_normal(x.shape)
     given = pool(x, rng.random(len(x)))
     given.near_duplicate = 0.999
-    chosen = choose(kind(), given, 12, 0).indices
-    assert sorted(chosen // 60) == list(range(12))
+    request = choose(kind(), given, 12, 0)
+    assert sorted(request.indices // 60) == list(range(12))
+    assert request.near_duplicates == 708
+    assert len(given.free) == 12  # before any strategy is asked
+
+
+def test_what_is_left_out_while_choosing_is_counted() -> None:
+    x = np.eye(8)[np.arange(24) % 8]
+    given = pool(x)
+    given.near_duplicate = 0.99
+    given.free = np.arange(24)  # as if the graph knew of none
+    assert choose(Random(), given, 4, 0).near_duplicates >= 2
+    given.free = np.arange(8)
+    assert choose(Random(), given, 4, 0).near_duplicates == 16
+
+
+def test_a_class_alone_has_no_second() -> None:
+    given = Candidates(
+        unit(np.eye(4)), [np.ones((4, 1), np.float32)], np.arange(4), unit(np.eye(4))[:0],
+        np.arange(0), 1
+    )  # fmt: skip
+    np.testing.assert_array_equal(given.margin, np.ones(4))
+
+
+@pytest.mark.parametrize("what", ["embeddings", "logits"])
+def test_what_is_not_finite_is_told(what: str) -> None:
+    given = candidates(20, share=1)
+    array = given.embeddings if what == "embeddings" else given.logits[1]
+    array[[7, 9], 1] = np.nan
+    with pytest.raises(InputError, match=rf"^{what} of 2 unlabeled images, 7.png the first, are n"):
+        choose(Margin(), given, 4, 0)
 
 
 def test_crowds_of_copies_are_kept_apart_in_a_few_rounds() -> None:

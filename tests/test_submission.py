@@ -28,7 +28,7 @@ from pipeline.classifiers import (
 from pipeline.encoders import build_encoder
 from pipeline.ensembles import Choice, cross_fitted, mixture_weights
 from pipeline.inference import predict, predict_split
-from pipeline.manifest import Contest, load_contest, write_manifest
+from pipeline.manifest import Contest, load_contest, read_manifest, write_manifest
 from pipeline.packed import Form, decode
 from pipeline.recipe import Recipe, Submit
 from pipeline.views import WHOLE, Views, uniforms
@@ -362,6 +362,18 @@ def test_several_vote_only_where_that_is_better(
     write_manifest(second / "holdout.csv", held.take(np.arange(0)))
     with pytest.raises(InputError, match="held out no labels in common to choose by"):
         ensembles.choose(contest, [first, second], mirror=False)
+
+
+def test_members_are_judged_as_they_are_submitted(contest: Contest) -> None:
+    """At a size of their own, in the numbers of the logits, whatever else the machine knows."""
+    folder = finetuned(contest, 48)
+    chosen = ensembles.choose(contest, [folder], mirror=True)
+    held = read_manifest(folder / "holdout.csv")
+    own = np.load(folder / "logits" / "train.npy")[held.index]
+    right = 100 * float((own.argmax(1) == held.label).mean())
+    assert chosen.tried[f"1.00 {folder}"] == pytest.approx(right)
+    p = ensembles._probabilities(contest, held, folder, mirror=False)
+    np.testing.assert_allclose(p, softmax(own, axis=1), atol=2e-3)
 
 
 def test_an_ensemble_stands_alone_and_scores_as_its_own_logits(
