@@ -85,9 +85,8 @@ def facility_location(
                 )
                 heap = list(values)
                 heapq.heapify(heap)
-                if (
-                    not gains[those].any() and not covered.any()
-                ):  # nothing has weight: in the order of the draw
+                if not gains[those].any() and not covered.any():
+                    # nothing has weight: in the order of the draw
                     rest = those[np.argsort(tie[those])][: budget - len(picks)]
                     picks += rest.tolist()
                     advance(len(rest))

@@ -114,9 +114,17 @@ def _goes_on(facts: runs.Run) -> bool:
 
 
 def run(
-    recipe: Recipe, plain: dict[str, Any], force: bool = False, folder: Path | None = None
+    recipe: Recipe,
+    plain: dict[str, Any],
+    force: bool = False,
+    folder: Path | None = None,
+    exact: bool = True,
 ) -> Path:
-    """Fine-tune on the labels that are there now; the folder of the round, or the one given."""
+    """Fine-tune on the labels that are there now; the folder of the round, or the one given.
+
+    Labeled splits are classified in float32, as the organizers do, or as fast as can be where it
+    need not be `exact`.
+    """
     c, contest, name = recipe.finetune, load_contest(recipe.data.contest), recipe.entry
     rehearsal = contest.rehearsal or recipe.data.rehearsal
     if c.monitor == "val" and rehearsal:
@@ -177,9 +185,8 @@ def run(
     metadata: dict[str, Any] = {"encoder": spec, "head": head, "resolution": size}
     metadata |= {"mean": contest.mean, "std": contest.std} | _marks(c, train, files)
     for split in contest.splits_with(unlabeled=c.unlabeled):
-        exact = split != "unlabeled"  # as the organizers compute
         file, k = folder / "logits" / f"{split}.npy", contest.classes
-        predict_split(final, contest, split, file, k, size, exact=exact)
+        predict_split(final, contest, split, file, k, size, exact=exact and split != "unlabeled")
     if accelerator.is_main_process:
         save_tensors(folder / "classifier.safetensors", final.state_dict(), metadata)
         write_manifest(folder / "trained_on.csv", train, PSEUDO_LABELS)

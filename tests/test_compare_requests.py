@@ -88,6 +88,21 @@ def test_each_cell_is_run_once_with_its_controls(
     assert compare(1, "Margin") == records  # what was compared before stays
 
 
+def test_cells_are_classified_as_fast_as_can_be(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in float32, as for the organizers: of a cell that takes most of the time."""
+    whole, seen = finetune.predict_split, set[bool]()
+
+    def predict_split(*args: Any, exact: bool) -> None:
+        seen.add(exact)
+        whole(*args, exact=exact)
+
+    monkeypatch.setattr(finetune, "predict_split", predict_split)
+    compare(1, "KMeans")
+    assert seen == {False}
+
+
 def test_an_interrupted_comparison_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, made = finetune.finetuner, list[str]()
 
