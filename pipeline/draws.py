@@ -72,27 +72,33 @@ def training_set(
     The draw by `fraction` or `per_class` and the held-out share are of the first file, so that
     every round holds out the same images; none of those whose labels the encoder, or who gave
     pseudo-labels, `learned` is held out.  Labels noted as doubtful are held out as others are, so
-    that what is measured there stays comparable, but not trained on.  Where an image has a label in
+    that what is measured there stays comparable, but not trained on: a class
+    may be left without any.  Where an image has a label in
     several files, the first counts.  Raises InputError where no labeled image is left.
     """
-    parts, seen = list[Manifest](), Manifest.of("", [])
-    for file in files:
+    parts, seen, held = list[Manifest](), Manifest.of("", []), Manifest.of("", [])
+    for number, file in enumerate(files):
         part = read_manifest(file)
-        part = part.take((part.note == "") | (part.note == DOUBTFUL))
-        parts.append(part.take(~part.among(seen) & (part.label >= 0)))
-        seen = Manifest.concatenate([seen, parts[-1]])
-    if not sum(map(len, parts)):
+        part = part.take(((part.note == "") | (part.note == DOUBTFUL)) & (part.label >= 0))
+        part = part.take(~part.among(seen))
+        if number:
+            parts.append(part.usable())
+        else:
+            first = part.take(choose_labels(part.label, fraction, per_class, seed))
+            apart = hold_out(first.label, first.index, holdout)
+            if learned is not None:
+                apart &= ~first.among(learned)
+            held = first.take(apart)
+            parts.append(first.take(~apart).usable())
+            part = part.take((part.note == "") | part.among(held))  # others may be mended later
+        seen = Manifest.concatenate([seen, part])
+    if not len(seen):
         raise InputError(f"no labeled image in {', '.join(map(str, files)) or 'no manifest'}")
-    first = parts[0].take(choose_labels(parts[0].label, fraction, per_class, seed))
-    held = hold_out(first.label, first.index, holdout)
-    if learned is not None:
-        held &= ~first.among(learned)
-    train = Manifest.concatenate([first.take(~held), *parts[1:]])
-    train = train.usable()
+    train = Manifest.concatenate(parts)
     train = train.take(np.argsort(train.split, kind="stable"))  # one packed file after the other
     if not len(train):
         raise InputError("no labeled image is left to train on; a larger fraction is expected")
-    return train, first.take(held)
+    return train, held
 
 
 def _ranks(labels: Integers, keys: npt.NDArray[np.float64]) -> tuple[Integers, Integers]:

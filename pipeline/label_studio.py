@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import InputError
 from pipeline.manifest import Contest
 from pipeline.progress import progress
-from pipeline.runs import replacing, write_json
+from pipeline.runs import read_json, replacing, write_json
 from pipeline.tables import Column, read_table, write_table
 
 Ints = npt.NDArray[np.int64]
@@ -54,7 +54,8 @@ def write_project(request: Path, contest: Contest, indices: Ints) -> Path:
     picks = read_table(request.with_name("picks.csv"), columns)
     found = zip(picks["class"].tolist(), picks["confidence"].tolist(), strict=True)
     guesses = dict(zip(picks["index"].tolist(), found, strict=True))
-    _write_images(folder / "images", contest.packed("unlabeled"), indices)
+    every = np.union1d(indices, earlier_tasks(request))
+    _write_images(folder / "images", contest.packed("unlabeled"), every)
     with replacing(folder / "config.xml") as aside:
         aside.write_text(labeling_config(names), encoding="utf-8")
     tasks = [_task(n, names, *guesses.get(n, (-1, 0.0))) for n in indices.tolist()]
@@ -63,9 +64,27 @@ def write_project(request: Path, contest: Contest, indices: Ints) -> Path:
 
 
 def forget_project(request: Path) -> None:
-    """A request that is replaced leaves no tasks and no disagreements."""
-    (project_folder(request) / "tasks.json").unlink(missing_ok=True)
+    """A request that is replaced leaves no disagreements, and of its tasks the images' numbers in
+    earlier.csv: people may go on with them.
+    """
+    tasks = project_folder(request) / "tasks.json"
+    if tasks.is_file():
+        asked = [task["data"]["index"] for task in read_json(tasks, "make label-request")]
+        every = np.union1d(earlier_tasks(request), asked).tolist()
+        write_table(_earlier_file(request), ["index"], ([index] for index in every))
+        tasks.unlink()
     disagreements_file(request).unlink(missing_ok=True)
+
+
+def _earlier_file(request: Path) -> Path:
+    return project_folder(request) / "earlier.csv"
+
+
+def earlier_tasks(request: Path) -> Ints:
+    """The images [n] of the tasks of requests that this one replaced, sorted."""
+    if not _earlier_file(request).is_file():
+        return np.empty(0, np.int64)
+    return read_table(_earlier_file(request), {"index": Column(np.int64, required=True)})["index"]
 
 
 def labeling_config(names: Sequence[str]) -> str:
@@ -93,7 +112,7 @@ def _task(index: int, names: Sequence[str], label: int, confidence: float) -> di
 
 
 def _write_images(folder: Path, images: npt.NDArray[np.uint8], indices: Ints) -> None:
-    """Write images[index] as folder/INDEX.png, and remove what an earlier request left."""
+    """Write images[index] as folder/INDEX.png, and remove all others."""
     wanted = {folder / f"{index}.png": index for index in indices.tolist()}
     for old in set(folder.glob("*.png")) - set(wanted):
         old.unlink()

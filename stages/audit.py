@@ -120,7 +120,7 @@ def _labels(
     if len(np.unique(train.label)) == len(train):
         said += " (none can be judged: no class has two)"
     if learned := int(train.among(learned_labels(out.parent)).sum()):
-        said += f"; pretraining learned {learned:,} of them, so wrong ones look right"
+        said += f"; pretraining learned {learned:,} of the {len(train):,}, so wrong ones look right"
     note = "the most doubtful first; beside each its nearest labeled images, green of its class"
     image_rows(out / "labels.png", rows, said, note)
     runs.say(said)

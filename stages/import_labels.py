@@ -57,12 +57,13 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     runs.require(request, "make label-request")
     indices = read_request(request, contest.images("unlabeled"))
     check_request(request, indices)
-    known, of_file = _known(contest, indices, earlier)
-    if answer.suffix.lower() == ".json":
+    is_export, asked = answer.suffix.lower() == ".json", len(indices)
+    if is_export:  # of a project that may hold the tasks of earlier requests, too
         before = [m.index[(m.split == "unlabeled") & (m.label >= 0)] for m in earlier.values()]
-        others = np.setdiff1d(np.concatenate([indices[:0], *before]), indices)
-        asked, indices = len(indices), np.concatenate([indices, others])  # of one project
-        known, of_file = _known(contest, indices, earlier)
+        others = np.concatenate([label_studio.earlier_tasks(request), *before])
+        indices = np.concatenate([indices, np.setdiff1d(others, indices)])
+    known, of_file = _known(contest, indices, earlier)
+    if is_export:
         export = label_studio.read_export(answer, request, indices, contest.names)
         _check_same(answer, indices, export.labels, known, of_file, contest.names)
         labels = _open_labels(answer, request, asked, indices, export, known, contest.names)
@@ -83,6 +84,7 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     )
     made = request.with_name("request.json")
     facts = runs.read_json(made, "make label-request") if made.is_file() else {}
+    facts = facts if facts.get("file") == request.name else {}
     out.with_suffix(".json").unlink(missing_ok=True)
     if marks := {mark: True for mark in MARKS if facts.get(mark)}:
         runs.write_json(out.with_suffix(".json"), marks)  # of who chose them
@@ -164,12 +166,12 @@ def _open_labels(
     names: list[str],
 ) -> Ints:
     """The labels [n] in an export of Label Studio, -1 where it has none, of the `asked` images that
-    `request` asks for and of those imported before.
+    `request` asks for, which come first, and of earlier ones.
 
     Says what is missing and what annotators disagree on.  Raises InputError where there is no
     label at all.
     """
-    open_ = (export.labels < 0) & (known < 0)
+    open_ = (export.labels < 0) & (known < 0) & (np.arange(len(indices)) < asked)
     disputed = np.isin(indices, list(export.disputed))
     label_studio.write_disagreements(label_studio.disagreements_file(request), export, names)
     if disputed.any():

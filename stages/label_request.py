@@ -83,7 +83,10 @@ def run(
                 f"{request.near_duplicates:,} images were no choice, as near-duplicates of labeled "
                 f"images or of others (label_request.near_duplicate: {c.near_duplicate})"
             )
-        facts.begin()
+        if not (needed or _usable(candidates)):
+            candidates.logits = []  # which only the tables and pictures would show
+        marks = _marks(logits if strategy.uses_logits else [])
+        facts.begin()  # everything is in order: what was asked for here no longer is
         for request_before in (file, *before):
             request_before.unlink(missing_ok=True)
         for made_before in ("request.json", "overlap.csv", "overlap.png", "classes.png"):
@@ -93,9 +96,8 @@ def run(
         report(facts.folder, contest, candidates, request, recipe.seed, title)
         digest = hashlib.sha256(request.indices.astype("<i8").tobytes()).hexdigest()
         made = plain["label_request"] | {"seed": recipe.seed, "indices_sha256": digest}
-        made |= _marks(logits if needed else [])
         write_request(file, request.indices)
-        runs.write_json(facts.folder / "request.json", made | {"file": file.name})
+        runs.write_json(facts.folder / "request.json", made | marks | {"file": file.name})
         facts.finish(
             eligible=len(candidates.eligible),
             near_duplicates=request.near_duplicates,
@@ -124,6 +126,14 @@ def _logits(contest: Contest, entries: list[str], needed: bool) -> list[Path]:
         if needed:
             raise
         return []
+
+
+def _usable(candidates: Candidates) -> bool:
+    """Whether all of its logits, where there are any, are numbers."""
+    try:
+        return not candidates.logits or candidates.margin is not None
+    except InputError:
+        return False
 
 
 def _marks(logits: list[Path]) -> dict[str, bool]:

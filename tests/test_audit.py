@@ -160,7 +160,7 @@ def test_an_encoder_that_learned_the_labels_is_no_judge(
 ) -> None:
     write_manifest(Path("runs/entry/pretrain/trained_on.csv"), Manifest.of("train", [1, 2, 5]))
     audit.run(parsed().recipe)
-    assert "pretraining learned 3 of them, so wrong ones look right" in capsys.readouterr().out
+    assert "pretraining learned 3 of the 20, so wrong ones look right" in capsys.readouterr().out
 
 
 def test_the_same_audit_is_made_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,6 +167,9 @@ def test_rounds_follow_the_label_files(pretrained: Path) -> None:
     assert results(folder)["labels"] == 60 + 2
     pseudo = Manifest.of("unlabeled", [3, 9, 10], [2, 2, 2], confidence=0.9)
     write_manifest(Path("runs/f/pseudo-1.csv"), pseudo, ("split", "index", "label", "confidence"))
+    with pytest.raises(InputError, match=r"pseudo-1.json is not there; `make pseudo-label` makes"):
+        run()
+    Path("runs/f/pseudo-1.json").write_text("{}")
     folder = run()
     assert folder.name == "finetune-2"
     train = read_manifest(folder / "trained_on.csv")

@@ -238,6 +238,19 @@ def test_a_strategy_that_cannot_fill_the_budget_is_left_out_of_the_overlap(
     assert sorted(names) == sorted({*STRATEGIES} - {"ProbCover"})
 
 
+def test_logits_that_are_no_numbers_hinder_only_who_needs_them(here: Path) -> None:
+    file = write_finetune() / "logits" / "unlabeled.npy"
+    first = ask("--label_request.strategy=Random")
+    logits = np.load(file)
+    logits[int(first[0].removesuffix(".png,"))] = np.nan
+    np.save(file, logits)
+    with pytest.raises(InputError, match=f"^logits of 1 unlabeled images, {first[0][:-1]} the"):
+        ask("--label_request.strategy=Margin", force=True)
+    made = Path("runs/entry/label_request/request_00.csv")
+    assert made.read_text().split() == first  # it may be with people
+    assert ask("--label_request.strategy=Random", force=True) == first
+
+
 def test_equal_embeddings_have_no_map(here: Path) -> None:
     """Those of a collapsed encoder; t-SNE would end the process."""
     for split in ("unlabeled", "train"):

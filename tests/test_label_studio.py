@@ -142,7 +142,7 @@ def test_the_files_of_a_request_that_was_made(
             ask(format="label-studio")
 
 
-def test_another_request_leaves_no_tasks_of_the_first(here: Path) -> None:
+def test_another_request_leaves_no_tasks_but_the_numbers_of_the_first(here: Path) -> None:
     first = ask(format="label-studio")
     (PROJECT / "disagreements.csv").touch()
     (PROJECT / "export.json").touch()
@@ -150,9 +150,19 @@ def test_another_request_leaves_no_tasks_of_the_first(here: Path) -> None:
         ask("--seed", "1", format="label-studio")
     assert [task["data"]["index"] for task in tasks()] == first
     second = ask("--seed", "1", force=True)
-    assert sorted(p.name for p in PROJECT.iterdir()) == ["config.xml", "export.json", "images"]
+    kept = ["config.xml", "earlier.csv", "export.json", "images"]
+    assert sorted(p.name for p in PROJECT.iterdir()) == kept
     assert ask("--seed", "1", format="label-studio") == second
-    assert {p.stem for p in (PROJECT / "images").iterdir()} == {str(n) for n in second}
+    assert [task["data"]["index"] for task in tasks()] == second
+    assert {p.stem for p in (PROJECT / "images").iterdir()} == {str(n) for n in first + second}
+    assert label_studio.earlier_tasks(Path(REQUEST)).tolist() == sorted(first)
+    third = ask("--seed", "2", force=True)
+    assert label_studio.earlier_tasks(Path(REQUEST)).tolist() == sorted({*first, *second})
+    now, (late, disputed) = third[0], [n for n in first if n not in third][:2]
+    export = [task(late, "bee"), task(disputed, "ant", "bee"), task(now, "ant")]
+    found = read_manifest(imported(export))  # also what was asked for before
+    expected = sorted([(late, 1), (now, 0)])
+    assert list(zip(found.index.tolist(), found.label.tolist(), strict=True)) == expected
 
 
 def test_a_format_is_known() -> None:

@@ -205,6 +205,12 @@ def test_doubtful_labels_are_held_out_as_before_but_not_trained_on(tmp_path: Pat
     assert same.index.tolist() == held.index.tolist()
     assert np.isin(held.index, doubtful).any()
     assert less.index.tolist() == [n for n in used.index.tolist() if n % 3]
+    mended = Manifest.of("train", doubtful, (doubtful + 1) % 4)
+    write_manifest(tmp_path / "mended.csv", mended)
+    more, again = training_set([clean, tmp_path / "mended.csv"], 1.0, None, 0.2, 0)
+    assert again.index.tolist() == held.index.tolist()
+    assert more.index.tolist() == less.index.tolist() + used.index[used.index % 3 == 0].tolist()
+    assert (more.label[len(less) :] == (more.index[len(less) :] + 1) % 4).all()
 
 
 def test_a_row_without_a_label_hides_no_later_one(tmp_path: Path):

@@ -364,9 +364,12 @@ def test_several_vote_only_where_that_is_better(
         ensembles.choose(contest, [first, second], mirror=False)
 
 
-def test_members_are_judged_as_they_are_submitted(contest: Contest) -> None:
+def test_members_are_judged_as_they_are_submitted(
+    contest: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At a size of their own, in the numbers of the logits, whatever else the machine knows."""
     folder = finetuned(contest, 48)
+    monkeypatch.setattr("pipeline.inference.matmul_dtype", lambda _: torch.bfloat16)
     chosen = ensembles.choose(contest, [folder], mirror=True)
     held = read_manifest(folder / "holdout.csv")
     own = np.load(folder / "logits" / "train.npy")[held.index]
