@@ -142,7 +142,9 @@ def test_the_files_of_a_request_that_was_made(
             ask(format="label-studio")
 
 
-def test_another_request_leaves_no_tasks_but_the_numbers_of_the_first(here: Path) -> None:
+def test_another_request_leaves_no_tasks_but_the_numbers_of_the_first(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = ask(format="label-studio")
     (PROJECT / "disagreements.csv").touch()
     (PROJECT / "export.json").touch()
@@ -161,6 +163,7 @@ def test_another_request_leaves_no_tasks_but_the_numbers_of_the_first(here: Path
     now, (late, disputed) = third[0], [n for n in first if n not in third][:2]
     export = [task(late, "bee"), task(disputed, "ant", "bee"), task(now, "ant")]
     found = read_manifest(imported(export))  # also what was asked for before
+    assert "7 of the 8 images asked for have no label yet" in capsys.readouterr().out
     expected = sorted([(late, 1), (now, 0)])
     assert list(zip(found.index.tolist(), found.label.tolist(), strict=True)) == expected
 
