@@ -72,9 +72,9 @@ def training_set(
     The draw by `fraction` or `per_class` and the held-out share are of the first file, so that
     every round holds out the same images; none of those whose labels the encoder, or who gave
     pseudo-labels, `learned` is held out.  Labels noted as doubtful are held out as others are, so
-    that what is measured there stays comparable, but not trained on: a class
-    may be left without any.  Where an image has a label in
-    several files, the first counts.  Raises InputError where no labeled image is left.
+    that what is measured there stays comparable, but not trained on: a class may be left without
+    any.  Where an image has a label in several files, the first counts.  Raises InputError where no
+    labeled image is left.
     """
     parts, seen, held = list[Manifest](), Manifest.of("", []), Manifest.of("", [])
     for number, file in enumerate(files):

@@ -4,8 +4,8 @@ python -m stages.import_labels --recipe recipes/demo.yaml --answer label_00.pt
 Reads the answer (an int64 tensor in the request's order, a CSV of N.png,label, or Label Studio's
 JSON or JSON-MIN, also of a request half answered) and runs/ENTRY/label_request/request_NN.csv;
 writes data_manifests/CONTEST/requested-K.csv (and .json, where outside weights or labels of val
-chose what was asked for), and label-studio/disagreements.csv beside the request
-where annotators disagree.
+chose what was asked for), and label-studio/disagreements.csv beside the request where annotators
+disagree.
 """
 
 from dataclasses import dataclass, field
