@@ -1,12 +1,14 @@
 """The import-labels stage: every form of request and answer, and every mistake in them."""
 
 import hashlib
+import json
 import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +71,18 @@ def test_a_csv_answers_in_any_order(asked: Path, text: str) -> None:
     manifest = read_manifest(answer("label_00.csv"))
     assert manifest.index.tolist() == [2, 9, 17, 30]
     assert manifest.label.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("of", ["request_00.csv", "request_01.csv"])
+def test_an_answer_has_the_marks_of_its_own_request_alone(asked: Path, of: str) -> None:
+    digest = hashlib.sha256(np.array(ASKED, "<i8").tobytes()).hexdigest()
+    made = {"file": of, "indices_sha256": digest, "transfer": True}
+    asked.with_name("request.json").write_text(json.dumps(made))
+    torch.save(torch.tensor(LABELS), "label_00.pt")
+    marks = answer("label_00.pt").with_suffix(".json")
+    assert marks.is_file() == (of == asked.name)
+    if marks.is_file():
+        assert json.loads(marks.read_text()) == {"transfer": True}
 
 
 def test_the_manifest_is_plain_text(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:
