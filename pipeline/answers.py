@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline import InputError
 from pipeline.checkpoint import load_torch
+from pipeline.manifest import Contest
 from pipeline.runs import read_json, replacing
 
 Ints = npt.NDArray[np.int64]
@@ -49,8 +50,18 @@ def read_request(path: Path, images: int) -> Ints:
     return np.array(list(asked), np.int64)
 
 
-def check_request(request: Path, indices: Ints) -> None:
-    """Raise InputError where a request is not the one that label-request wrote there."""
+def images_digest(contest: Contest, indices: Ints) -> str:
+    """SHA-256 of what the unlabeled images `indices` are, in this order."""
+    manifest = contest.manifest("unlabeled")
+    digests = np.zeros(contest.images("unlabeled"), manifest.sha256.dtype)
+    digests[manifest.index] = manifest.sha256
+    return hashlib.sha256(digests[indices].tobytes()).hexdigest()
+
+
+def check_request(request: Path, indices: Ints, contest: Contest) -> None:
+    """Raise InputError where a request is not the one that label-request wrote there, or is of
+    other images than those of the contest now.
+    """
     made = request.with_name("request.json")
     if not made.is_file():
         return
@@ -60,6 +71,13 @@ def check_request(request: Path, indices: Ints) -> None:
         raise InputError(
             f"{request} was changed since label-request wrote it; the answer's order would be "
             f"another one (`make label-request ARGS=--force` asks anew)"
+        )
+    of_images = facts.get("images_sha256")
+    if facts["file"] == request.name and of_images not in (None, images_digest(contest, indices)):
+        raise InputError(
+            f"{request} asks for images of another contest than {contest.name}, or images have "
+            f"changed since; the contest that it was made for (--data.contest) is expected, or "
+            f"`make label-request ARGS=--force` asks anew"
         )
 
 

@@ -127,7 +127,7 @@ class Supervised(nn.Module):
     """Cross entropy of a classifier, with the averaged weights (EMA) that are kept in the end.
 
     `mixup` and `cutmix` are the α of the Beta distributions of arXiv 1710.09412 and 1905.04899, 0
-    without; where both are given, each step draws one of them.
+    without; where both are given, each step of each process draws one of them.
     """
 
     def __init__(

@@ -28,21 +28,24 @@ def choose_labels(
     return np.flatnonzero((rank < want) & (labels >= 0))
 
 
-def hold_out(labels: Integers, index: Integers, fraction: float) -> npt.NDArray[np.bool_]:
-    """Which images [n] to hold out: a fraction of each class, in an order that the numbers `index`
-    [n] of the images decide once for all.
+def hold_out(images: Manifest, fraction: float) -> npt.NDArray[np.bool_]:
+    """Which of the images [n] to hold out: a fraction of each class, in an order that their numbers
+    decide once for all.
 
     So the stages, rounds and entries that learn from the same labels, whatever their seeds, hold
     out the same images, and a smaller fraction is part of a larger one.  A class of two or more
     gives at least one, where the fraction is above 0, and keeps at least one.  Unknown labels (-1)
-    are never held out.
+    are never held out, nor are images that are byte-identical to one that is not.
     """
+    labels, index = images.label, images.index
     if fraction <= 0 or not len(labels):
         return np.zeros(len(labels), np.bool_)
     rank, count = _ranks(labels, np.random.default_rng(1).random(index.max() + 1)[index])
     want = np.clip(np.rint(fraction * count), 1, np.maximum(count - 1, 0))
     want[count < 2] = 0
-    return np.asarray((rank < want) & (labels >= 0))
+    apart = (rank < want) & (labels >= 0)
+    digests = images.sha256[~apart & (labels >= 0)]
+    return np.asarray(apart & ~np.isin(images.sha256, digests[digests != b""]))
 
 
 def balanced(labels: Integers) -> Integers:
@@ -85,7 +88,7 @@ def training_set(
             parts.append(part.usable())
         else:
             first = part.take(choose_labels(part.label, fraction, per_class, seed))
-            apart = hold_out(first.label, first.index, holdout)
+            apart = hold_out(first, holdout)
             if learned is not None:
                 apart &= ~first.among(learned)
             held = first.take(apart)

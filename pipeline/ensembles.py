@@ -58,7 +58,8 @@ def held_by_all(folders: list[Path]) -> Manifest:
 def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
     """The best of the single classifiers, their weighted vote and, if asked for, both with mirror
     images, by top-1 on the labels that all held out; of equal ones the first, so that what is more
-    work has to be better.  The vote is judged with weights that were fitted to other labels.
+    work has to be better.  The vote is judged with weights that were fitted, and members that were
+    kept, by other labels.
 
     Raises InputError where there is something to choose and no label that all held out.
     """
@@ -75,16 +76,15 @@ def choose(contest: Contest, folders: list[Path], mirror: bool) -> Choice:
     for mirrored in (False, True) if mirror else (False,):
         p = np.stack([_probabilities(contest, held, folder, mirrored) for folder in folders])
         options = [([folder], [1.0], own) for folder, own in zip(folders, p, strict=True)]
-        kept = np.flatnonzero(mixture_weights(p, held.label) >= _LEAST)
-        if len(kept) > 1:
-            voters, of_voters = [folders[k] for k in kept], p[kept]
-            weights = mixture_weights(of_voters, held.label).tolist()
-            options.append((voters, weights, cross_fitted(of_voters, held.label)))
-        for members, weights, seen in options:
+        weights = vote_weights(p, held.label)
+        if len(kept := np.flatnonzero(weights)) > 1:
+            voters = [folders[k] for k in kept]
+            options.append((voters, weights[kept].tolist(), cross_fitted(p, held.label)))
+        for members, weigh, seen in options:
             score = top_k(seen, held.label, [1])[1]
-            what = " + ".join(f"{w:.2f} {m}" for w, m in zip(weights, members, strict=True))
+            what = " + ".join(f"{w:.2f} {m}" for w, m in zip(weigh, members, strict=True))
             tried[what + (", mirrored" if mirrored else "")] = score
-            found.append((score, Choice(members, weights, mirrored, tried)))
+            found.append((score, Choice(members, weigh, mirrored, tried)))
     return max(found, key=lambda pair: pair[0])[1]
 
 
@@ -110,14 +110,24 @@ def mixture_weights(p: Floats, labels: Ints) -> Floats:
     return weights.astype(np.float32)
 
 
+def vote_weights(p: Floats, labels: Ints) -> Floats:
+    """`mixture_weights` [m] in which models that would weigh less than 0.05 have no vote, unless
+    all would.
+    """
+    weights = mixture_weights(p, labels)
+    if (kept := weights >= _LEAST).any():
+        weights[kept], weights[~kept] = mixture_weights(p[kept], labels), 0
+    return weights
+
+
 def cross_fitted(p: Floats, labels: Ints) -> Floats:
     """The weighted vote [n, classes] of probabilities `p` [m, n, classes], each half of the images
-    with the weights that are the likeliest for the labels of the other.
+    with `vote_weights` by the labels of the other.
     """
     out = np.empty(p.shape[1:], np.float32)
     even, odd = slice(0, None, 2), slice(1, None, 2)
     for half, other in ((even, odd), (odd, even)):
-        out[half] = np.tensordot(mixture_weights(p[:, other], labels[other]), p[:, half], 1)
+        out[half] = np.tensordot(vote_weights(p[:, other], labels[other]), p[:, half], 1)
     return out
 
 

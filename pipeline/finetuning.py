@@ -18,7 +18,7 @@ from pipeline.batch_norm import synchronize_batch_norm
 from pipeline.batches import batch_at
 from pipeline.checkpoint import load_tensors
 from pipeline.classifiers import Classifier, Supervised, rates
-from pipeline.consistency import SemiSupervised
+from pipeline.consistency import Consistency, SemiSupervised
 from pipeline.draws import balanced
 from pipeline.feed import Feed, JoinedFeed
 from pipeline.figures import confusion
@@ -31,6 +31,7 @@ from pipeline.trainer import Trainer
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
+    from pipeline.training_recipe import Finetune
 
 
 def initial_encoder(recipe: "Recipe", pretrained: Path | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -81,37 +82,14 @@ def finetuner(
     the way.
     """
     c = recipe.finetune
-    options = {k: getattr(c, k) for k in ("label_smoothing", "ema", "mixup", "cutmix")}
     consistency = c.consistency() if c.consistency is not None else None
-    if consistency is None:
-        module = Supervised(classifier, contest.classes, **options)
-    else:
-        asked = train.split != "train"  # a strategy's choice, or a classifier's guess
-        drawn = train if asked.all() else train.take(~asked)
-        counts = torch.from_numpy(drawn.label).bincount(minlength=contest.classes)
-        consistency.begin(counts / counts.sum())
-        module = SemiSupervised(classifier, contest.classes, consistency, **options)
+    module = _module(c, classifier, contest.classes, train, consistency)
     synchronize_batch_norm(module.classifier, accelerator.device)
+    feed = _feed(recipe, contest, accelerator, train, consistency)
     backbone = 1.0 if c.init == "scratch" else c.backbone_lr
     factors = rates(classifier, backbone, c.layer_decay)
     optimizer = build_optimizer(c.optimizer, factors, c.batch_size)
     lr = c.optimizer.scaled_lr(c.batch_size)
-    weights = train.confidence if c.weigh_by_confidence else np.ones(len(train))
-    pool = contest.pool(train)
-    targets = torch.from_numpy(train.label), torch.from_numpy(weights.astype(np.float32))
-    further = recipe.seed, contest.mean, contest.std, accelerator
-    order = balanced(train.label) if c.balanced else np.arange(len(train))
-
-    def chosen(step: int) -> npt.NDArray[np.int64]:
-        return order[batch_at(len(order), c.batch_size, recipe.seed, step)]
-
-    own = Feed(pool, [c.view], c.batch_size, *further, targets, choose=chosen)
-    feed: Feed | JoinedFeed = own
-    if consistency is not None:
-        images = contest.manifest("unlabeled").usable()
-        views, size_of_both = [c.view, c.strong_view], consistency.ratio * c.batch_size
-        further = recipe.seed + 1, *further[1:]
-        feed = JoinedFeed(own, Feed(contest.pool(images), views, size_of_both, *further))
     plateau = None
     if c.schedule == "plateau":
         if not len(seen):
@@ -139,6 +117,49 @@ def finetuner(
         watch="heldout_loss",
         signs=module.signs if isinstance(module, SemiSupervised) else None,
     )
+
+
+def _module(
+    c: "Finetune",
+    classifier: Classifier,
+    classes: int,
+    train: Manifest,
+    consistency: Consistency | None,
+) -> Supervised:
+    """What learns: labels alone, or unlabeled images' `consistency`, too."""
+    options = {k: getattr(c, k) for k in ("label_smoothing", "ema", "mixup", "cutmix")}
+    if consistency is None:
+        return Supervised(classifier, classes, **options)
+    asked = train.split != "train"  # a strategy's choice, or a classifier's guess
+    drawn = train if asked.all() else train.take(~asked)
+    counts = torch.from_numpy(drawn.label).bincount(minlength=classes)
+    consistency.begin(counts / counts.sum())
+    return SemiSupervised(classifier, classes, consistency, **options)
+
+
+def _feed(
+    recipe: "Recipe",
+    contest: Contest,
+    accelerator: Accelerator,
+    train: Manifest,
+    consistency: Consistency | None,
+) -> Feed | JoinedFeed:
+    """The images of each step: labeled ones and, where there is `consistency`, unlabeled ones."""
+    c, seed = recipe.finetune, recipe.seed
+    weights = train.confidence if c.weigh_by_confidence else np.ones(len(train))
+    targets = torch.from_numpy(train.label), torch.from_numpy(weights.astype(np.float32))
+    order = balanced(train.label) if c.balanced else np.arange(len(train))
+
+    def chosen(step: int) -> npt.NDArray[np.int64]:
+        return order[batch_at(len(order), c.batch_size, seed, step)]
+
+    further = contest.mean, contest.std, accelerator
+    pool, size = contest.pool(train), c.batch_size
+    own = Feed(pool, [c.view], size, seed, *further, targets, choose=chosen)
+    if consistency is None:
+        return own
+    pool, size = contest.pool(contest.manifest("unlabeled").usable()), consistency.ratio * size
+    return JoinedFeed(own, Feed(pool, [c.view, c.strong_view], size, seed + 1, *further))
 
 
 def judge(module: Supervised, contest: Contest, seen: Manifest, size: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline import InputError
+from pipeline.classifiers import MARKS
 from pipeline.manifest import Contest
 from pipeline.progress import progress
 from pipeline.runs import read_json, replacing, write_json
@@ -64,14 +65,17 @@ def write_project(request: Path, contest: Contest, indices: Ints) -> Path:
 
 
 def forget_project(request: Path) -> None:
-    """A request that is replaced leaves no disagreements, and of its tasks the images' numbers in
-    earlier.csv: people may go on with them.
+    """A request that is replaced leaves no disagreements, and of its tasks the images' numbers and
+    the marks of who chose them (`classifiers.MARKS`) in earlier.csv: people may go on with them.
     """
-    tasks = project_folder(request) / "tasks.json"
+    tasks, made = project_folder(request) / "tasks.json", request.with_name("request.json")
     if tasks.is_file():
-        asked = [task["data"]["index"] for task in read_json(tasks, "make label-request")]
-        every = np.union1d(earlier_tasks(request), asked).tolist()
-        write_table(_earlier_file(request), ["index"], ([index] for index in every))
+        facts = read_json(made, "make label-request") if made.is_file() else {}
+        marks, every = {mark for mark in MARKS if facts.get(mark)}, _earlier(request)
+        for task in read_json(tasks, "make label-request"):
+            every[task["data"]["index"]] = every.get(task["data"]["index"], set()) | marks
+        rows = ([index, " ".join(sorted(every[index]))] for index in sorted(every))
+        write_table(_earlier_file(request), ["index", "marks"], rows)
         tasks.unlink()
     disagreements_file(request).unlink(missing_ok=True)
 
@@ -80,11 +84,28 @@ def _earlier_file(request: Path) -> Path:
     return project_folder(request) / "earlier.csv"
 
 
+def _earlier(request: Path) -> dict[int, set[str]]:
+    """The marks of each image that requests asked for which this one replaced."""
+    if not _earlier_file(request).is_file():
+        return {}
+    columns = {
+        "index": Column(np.int64, required=True),
+        "marks": Column(np.object_, required=True),
+    }
+    table = read_table(_earlier_file(request), columns)
+    marks = map(str.split, table["marks"].tolist())
+    return dict(zip(table["index"].tolist(), map(set, marks), strict=True))
+
+
 def earlier_tasks(request: Path) -> Ints:
     """The images [n] of the tasks of requests that this one replaced, sorted."""
-    if not _earlier_file(request).is_file():
-        return np.empty(0, np.int64)
-    return read_table(_earlier_file(request), {"index": Column(np.int64, required=True)})["index"]
+    return np.array(sorted(_earlier(request)), np.int64)
+
+
+def earlier_marks(request: Path, indices: Ints) -> set[str]:
+    """The marks of who chose any of the images `indices`, in requests that this one replaced."""
+    earlier = _earlier(request)
+    return set[str]().union(*(earlier.get(index, set()) for index in indices.tolist()))
 
 
 def labeling_config(names: Sequence[str]) -> str:

@@ -91,7 +91,7 @@ def evidence_of(
     """
     both = Manifest.concatenate([images, apart])
     logits = rows_of(latest / "logits", both, contest.classes, "make finetune")
-    held, temperature = read_manifest(latest / "holdout.csv"), None
+    held, temperature = read_manifest(latest / "holdout.csv").usable(), None  # none in doubt
     if len(held):
         temperature = fit_temperature(
             rows_of(latest / "logits", held, contest.classes, "make finetune"), held.label

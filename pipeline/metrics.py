@@ -36,7 +36,7 @@ def top_k(logits: Floats, labels: Ints, ks: Sequence[int] = (1, 3, 5)) -> dict[i
         own = np.take_along_axis(scores, label, axis=1)  # [b, 1]
         before = np.arange(logits.shape[1]) < label  # [b, classes]
         above = ~(scores <= own) | ((scores == own) & before)
-        ranks[rows] = np.where(np.isfinite(own[:, 0]), above.sum(1), logits.shape[1])
+        ranks[rows] = np.where(np.isfinite(own[:, 0]), above.sum(1), np.iinfo(ranks.dtype).max)
     return {k: 100 * float(np.mean(ranks < k)) for k in ks}
 
 

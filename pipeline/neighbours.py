@@ -180,9 +180,11 @@ def shares(sizes: Ints, total: int) -> Ints:
 
 
 def nearest_distinct(centers: Floats, x: Floats, free: Ints) -> Ints:
-    """For each center [k, d] a row of `x` [n, d] of its own among those `free`, as near as can be.
+    """For each center [k, d] a row of `x` [n, d] of its own among those `free`, nearly as near as
+    can be.
 
-    Where centers want the same row, the most similar one has it and the others their next nearest.
+    Where centers want the same row, the most similar one has it and the others their next nearest;
+    who finds all of its few nearest taken chooses after all others have.
     Raises ValueError where there are more centers than rows.
     """
     if len(centers) > len(free):

@@ -53,8 +53,8 @@ class Shape:
 def make_contest(source: Source, out: Path, shape: Shape, seed: int) -> dict[str, int]:
     """Write a contest to `out` and the labels of its unlabeled images to OUT.oracle.pt, beside it.
 
-    Returns the number of images in each split.  `out` appears when it is complete.  Raises
-    InputError where it exists and is not empty.
+    Returns the number of images in each split; one without any is left out.  `out` appears when it
+    is complete.  Raises InputError where it exists and is not empty.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is no folder; another name is expected")
@@ -67,17 +67,20 @@ def make_contest(source: Source, out: Path, shape: Shape, seed: int) -> dict[str
             f"unlabeled would be empty: {shape.per_class} images of each class go to train, and no "
             f"class has more; a smaller --per-class, or more images, are expected"
         )
+    splits = {name: rows for name, rows in splits.items() if rows}
     oracle = out.with_name(f"{out.name}.oracle.pt")
     aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    for left in out.parent.glob(f".{out.name}.*.tmp"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         with progress("make", sum(map(len, splits.values())), "images") as advance:
             for name, rows in splits.items():
                 _save_images([opener for opener, _ in rows], aside / name, shape.size, advance)
                 labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
-                file = oracle if name == "unlabeled" else aside / f"{name}_label_tensor.pt"
-                save_torch(file, labels)
+                save_torch(aside / f"{name}_label_tensor.pt", labels)
         if out.exists():
             out.rmdir()
+        (aside / "unlabeled_label_tensor.pt").replace(oracle)
         aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

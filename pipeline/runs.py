@@ -234,15 +234,17 @@ class Run:
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = ["provenance.json", *(["plan.json", "checkpoint.pt"] if anew else [])]
-            for file in (*(self.folder / name for name in names), *self.folder.rglob("*.npy")):
+            left = self.folder.glob(".*.tmp")  # by a run that was killed
+            for file in (*(self.folder / n for n in names), *left, *self.folder.rglob("*.npy")):
                 file.unlink(missing_ok=True)
         barrier()  # no process sees what is forgotten
 
     def finish(self, **results: Any) -> None:
         """Write provenance.json: its existence means that the folder is complete."""
         if rank() == 0:
-            found = [p for p in self.folder.iterdir() if p.is_file() and p.suffix in _KEPT]
-            files = sorted(p.name for p in found)
+            found = [*self.folder.iterdir(), *(self.folder / "logits").glob("*.npy")]
+            found = [p for p in found if p.is_file() and p.suffix in _KEPT]
+            files = sorted(str(p.relative_to(self.folder)) for p in found)
             made = self.facts | stamp() | {"results": results, "files": files}
             write_json(self.folder / "provenance.json", made)
 

@@ -17,7 +17,7 @@ from pipeline.ensembles import Choice, build, shown_size
 from pipeline.inference import predict_split
 from pipeline.manifest import Contest, Manifest, read_manifest
 from pipeline.recipe import Submit
-from pipeline.runs import sha256, write_json
+from pipeline.runs import require, sha256, write_json
 from pipeline.tables import write_table
 
 TOLERANCE = 0.1  # points, or one image, between the submission's score and the model's own
@@ -124,7 +124,7 @@ def own_logits(choice: Choice, contest: Contest, split: str, made: Path) -> Path
     fine-tuning's own, or for several it is written into `made`.
     """
     if choice.plain:
-        return choice.members[0] / "logits" / f"{split}.npy"
+        return require(choice.members[0] / "logits" / f"{split}.npy", "make finetune")
     model, size = build(choice.members, choice.weights, choice.mirror, contest.size)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     file = made / f"{split}.npy"

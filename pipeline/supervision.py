@@ -57,7 +57,7 @@ class SupervisedContrast(nn.Module):
     def learned(self, contest: Contest) -> Manifest:
         """The images of train whose labels are learned from."""
         train = contest.manifest("train").usable()
-        return train.take(~hold_out(train.label, train.index, self.held) & (train.label >= 0))
+        return train.take(~hold_out(train, self.held) & (train.label >= 0))
 
     def forward(self, projections: Tensor, labels: Tensor) -> Tensor:
         """The loss of projections [v, b, d] of a global batch with labels [b], -1 unknown, as a
@@ -105,13 +105,14 @@ def join(
         else:
             parts.append(np.full(len(usable), -1))
     labels, batch = np.concatenate(parts), config.batch_size
-    joined = min(round(supervision.share * batch), int((labels >= 0).sum()))  # none comes twice
+    joined = min(round(supervision.share * batch), int((labels >= 0).sum()))
     return torch.from_numpy(labels), joined_batches(labels, batch, joined, seed)
 
 
 def joined_batches(labels: Ints, batch: int, labeled: int, seed: int) -> Callable[[int], Ints]:
     """A function of the step: the positions [batch] of its global batch, of all images, then
-    `labeled` ones in pairs of a class.  In an epoch of theirs each labeled image comes once.
+    `labeled` ones in pairs of a class.  In an epoch of theirs each labeled image comes once; among
+    all images it comes as often as others.
     """
     known = np.flatnonzero(labels >= 0)
     labeled = labeled if len(known) else 0

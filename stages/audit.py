@@ -10,6 +10,7 @@ trained on then (take a note away, and its label is).
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def run(
         runs.say(f"{out} is up to date (--force runs it anew)")
     else:
         facts.begin()
-        (out / "clean.csv").unlink(missing_ok=True)
+        _set_aside(contest, out)
         found, doubtful = _look(recipe, contest, images, folder, out, cosine)
         facts.finish(pairs=found, doubtful_labels=doubtful)
         runs.say(f"wrote {out}; nothing was changed")
@@ -128,6 +129,13 @@ def _labels(
 
 
 def _write_clean(contest: Contest, out: Path) -> None:
+    """Write clean.csv, and keep one that was edited."""
+    _set_aside(contest, out)
+    _write_noted(contest, out, out / "clean.csv")
+    runs.say(f"wrote {out / 'clean.csv'}: name it in finetune.manifests to train on it")
+
+
+def _write_noted(contest: Contest, out: Path, file: Path) -> None:
     """Write train with a note at the images of labels.csv."""
     columns = {"index": Column(np.int64, required=True)}
     columns |= {name: Column(np.object_) for name in _COLUMNS if name != "index"}
@@ -135,8 +143,24 @@ def _write_clean(contest: Contest, out: Path) -> None:
     train = contest.manifest("train").usable()
     train = train.take(train.label >= 0)
     train.note[np.isin(train.index, doubtful)] = DOUBTFUL
-    write_manifest(out / "clean.csv", train, ("split", "index", "label", "note"))
-    runs.say(f"wrote {out / 'clean.csv'}: name it in finetune.manifests to train on it")
+    write_manifest(file, train, ("split", "index", "label", "note"))
+
+
+def _set_aside(contest: Contest, out: Path) -> None:
+    """Remove the clean.csv of before; one that is not as it was written is kept as clean-K.csv."""
+    file = out / "clean.csv"
+    if not file.is_file():
+        return
+    with TemporaryDirectory() as name:
+        written = Path(name, file.name)
+        if (out / "labels.csv").is_file():
+            _write_noted(contest, out, written)
+            if written.read_bytes() == file.read_bytes():
+                return file.unlink()
+    kept = [int(f.stem.split("-")[1]) for f in runs.numbered(out, "clean")]
+    edited = file.with_name(f"clean-{max(kept, default=0) + 1}.csv")
+    file.replace(edited)
+    return runs.say(f"{file} was edited: it is kept as {edited}")
 
 
 def _named(labels: Any, names: Sequence[str] | None) -> list[str]:

@@ -42,7 +42,7 @@ def run(argv: list[str]) -> None:
     if truth is None:
         raise InputError(f"{contest.oracle} is not there; a rehearsal's true labels are expected")
     records = []
-    for folder in _classifiers(entry):
+    for folder in _classifiers(contest, entry):
         for name, predictor in PREDICTORS.items():
             precision = _precision(contest, entry, folder, truth, predictor)
             records.append({"predictor": name, "classifier": str(folder), **precision})
@@ -57,7 +57,7 @@ def run(argv: list[str]) -> None:
     runs.say(f"wrote {file} and docs/labels.md; next: commit them")
 
 
-def _classifiers(entry: Path) -> list[Path]:
+def _classifiers(contest: Contest, entry: Path) -> list[Path]:
     """The fine-tunings without a request in the table of `make compare-requests`; the latest one
     where there are none.
     """
@@ -65,11 +65,11 @@ def _classifiers(entry: Path) -> list[Path]:
     for cell in runs.read_json(file, "make compare-requests")["cells"] if file.is_file() else []:
         folder = entry / "requests" / f"{FLOOR}-s{cell['seed']}"
         if cell["strategy"] == FLOOR and (folder / "logits" / "unlabeled.npy").is_file():
-            runs.finished(folder, "make compare-requests")
+            contest.finished(folder, "make compare-requests")
             made = runs.read_json(folder / "provenance.json", "make compare-requests")["results"]
             if made["val_top1"] == cell["val_top1"]:  # not of a comparison that was begun since
                 found.append(folder)
-    return found or [runs.finished(runs.latest_finetune(entry.name), "make finetune")]
+    return found or [contest.finished(runs.latest_finetune(entry.name), "make finetune")]
 
 
 def _precision(

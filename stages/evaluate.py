@@ -71,7 +71,7 @@ def _split(contest: Contest, entry: Path) -> tuple[Manifest, Manifest, str]:
     if len(parts.get("val", ())):
         return parts["train"], parts["val"], "val"
     train = parts["train"]
-    held = hold_out(train.label, train.index, 0.2) & ~train.among(learned_labels(entry))
+    held = hold_out(train, 0.2) & ~train.among(learned_labels(entry))
     if not held.any():
         raise InputError(
             "evaluate: there is no val, and no label of train that pretraining did not learn; "

@@ -54,10 +54,15 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
                 _check_images(answer, request, contest, file, manifest)
             if not _asks_for_more(request, contest, manifest, earlier):
                 return _imported_before(answer, file)
+    of_teams = sorted(request.parent.glob("request_*.csv"))
+    if of_teams and not request.is_file():
+        raise InputError(
+            f"{request} is not there; to import an answer to {of_teams[0]}, name it as --request"
+        )
     runs.require(request, "make label-request")
     indices = read_request(request, contest.images("unlabeled"))
-    check_request(request, indices)
-    is_export, asked = answer.suffix.lower() == ".json", len(indices)
+    check_request(request, indices, contest)
+    is_export, asked = answer.suffix.lower() == ".json", indices
     if is_export:  # of a project that may hold the tasks of earlier requests, too
         before = [m.index[(m.split == "unlabeled") & (m.label >= 0)] for m in earlier.values()]
         others = np.concatenate([label_studio.earlier_tasks(request), *before])
@@ -66,7 +71,7 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     if is_export:
         export = label_studio.read_export(answer, request, indices, contest.names)
         _check_same(answer, indices, export.labels, known, of_file, contest.names)
-        labels = _open_labels(answer, request, asked, indices, export, known, contest.names)
+        labels = _open_labels(answer, request, len(asked), indices, export, known, contest.names)
     else:
         labels = read_answer(answer, request, indices, contest.classes, known >= 0)
         _check_same(answer, indices, labels, known, of_file, contest.names)
@@ -82,17 +87,25 @@ def run(recipe: Recipe, answer: Path, request: Path | None = None) -> Path:
     manifest = Manifest.of(
         "unlabeled", indices[order], labels[order], source=f"{answer.name} {digest}"
     )
-    made = request.with_name("request.json")
-    facts = runs.read_json(made, "make label-request") if made.is_file() else {}
-    facts = facts if facts.get("file") == request.name else {}
-    out.with_suffix(".json").unlink(missing_ok=True)
-    if marks := {mark: True for mark in MARKS if facts.get(mark)}:
-        runs.write_json(out.with_suffix(".json"), marks)  # of who chose them
-    write_manifest(out, manifest)
+    _write(out, manifest, request, asked)
     classes = len(np.unique(labels))
     runs.say(f"{len(labels):,} labels of {classes:,} of the {contest.classes:,} classes")
     runs.say(f"wrote {out}; next: make finetune")
     return out
+
+
+def _write(out: Path, manifest: Manifest, request: Path, asked: Ints) -> None:
+    """Write requested-K.csv and, where outside weights or labels of val chose, its marks: those of
+    the request, which is for the images `asked`, and of earlier ones.
+    """
+    made, own = request.with_name("request.json"), np.isin(manifest.index, asked)
+    facts = runs.read_json(made, "make label-request") if made.is_file() else {}
+    facts = facts if facts.get("file") == request.name and own.any() else {}
+    late = label_studio.earlier_marks(request, manifest.index[~own])
+    out.with_suffix(".json").unlink(missing_ok=True)
+    if marks := {mark: True for mark in MARKS if facts.get(mark) or mark in late}:
+        runs.write_json(out.with_suffix(".json"), marks)
+    write_manifest(out, manifest)
 
 
 def _imported_before(answer: Path, file: Path) -> Path:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline import InputError, config, label_studio, runs
-from pipeline.answers import check_request, read_request, write_request
+from pipeline.answers import check_request, images_digest, read_request, write_request
 from pipeline.checkpoint import load_tensors
 from pipeline.classifiers import MARKS
 from pipeline.manifest import Contest, load_contest, read_manifest
@@ -56,6 +56,7 @@ def run(
 ) -> None:
     """Ask for `budget` labels, unless that request was made, or answered, before."""
     c, contest = recipe.label_request, load_contest(recipe.data.contest)
+    contest.images("unlabeled")  # InputError without any
     entry, manifests = runs.entry_folder(recipe.entry), contest.folder
     strategy, answered = c.strategy(), runs.numbered(manifests, "requested")
     folder = contest.finished(entry / "embeddings", "make embed")
@@ -87,15 +88,12 @@ def run(
             candidates.logits = []  # which only the tables and pictures would show
         marks = _marks(logits if strategy.uses_logits else [])
         facts.begin()  # everything is in order: what was asked for here no longer is
-        for request_before in (file, *before):
-            request_before.unlink(missing_ok=True)
-        for made_before in ("request.json", "overlap.csv", "overlap.png", "classes.png"):
-            (facts.folder / made_before).unlink(missing_ok=True)
-        label_studio.forget_project(file)
+        _forget(file, before)
         title = f"{c.budget:,} labels asked for by {name}"
         report(facts.folder, contest, candidates, request, recipe.seed, title)
         digest = hashlib.sha256(request.indices.astype("<i8").tobytes()).hexdigest()
         made = plain["label_request"] | {"seed": recipe.seed, "indices_sha256": digest}
+        made |= {"images_sha256": images_digest(contest, request.indices)}
         write_request(file, request.indices)
         runs.write_json(facts.folder / "request.json", made | marks | {"file": file.name})
         facts.finish(
@@ -134,6 +132,15 @@ def _usable(candidates: Candidates) -> bool:
         return not candidates.logits or candidates.margin is not None
     except InputError:
         return False
+
+
+def _forget(file: Path, others: list[Path]) -> None:
+    """Remove the request in `file`, those of other teams, and what is of them alone."""
+    label_studio.forget_project(file)
+    for request in (file, *others):
+        request.unlink(missing_ok=True)
+    for made in ("request.json", "overlap.csv", "overlap.png", "classes.png"):
+        file.with_name(made).unlink(missing_ok=True)
 
 
 def _marks(logits: list[Path]) -> dict[str, bool]:
@@ -178,7 +185,7 @@ def _is_answered_in_part(
 def _write_project(file: Path, contest: Contest) -> None:
     """Write what Label Studio needs for the request in `file`, and say how it is started."""
     indices = read_request(file, contest.images("unlabeled"))
-    check_request(file, indices)
+    check_request(file, indices, contest)
     folder = label_studio.write_project(file, contest, indices)
     root = folder.resolve()
     runs.say(f"wrote {folder}: {len(indices):,} tasks in tasks.json, config.xml, images")

@@ -40,6 +40,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
             f"pseudo_label: rounds is {rounds}, but no fine-tuning would learn from them; 'pseudo' "
             f"among finetune.manifests is expected"
         )
+    contest.images("unlabeled")  # InputError without any
     entry = runs.entry_folder(recipe.entry)
     make_accelerator("auto", entry)  # where there are several processes, they meet here
     newest, facts = _newest(entry, ".json"), _facts(contest, entry, recipe, plain)
@@ -56,6 +57,7 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> None:
         done -= 1  # the same classifier, but other labels are known now: that round again
     elif done >= rounds:
         done = 0  # that series is complete: a new one
+    barrier()  # every process has read what the first one replaces
     while done < rounds:
         if current:
             finetune.run(recipe, plain)

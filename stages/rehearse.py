@@ -11,6 +11,7 @@ python -m stages.rehearse score SUBMISSION_DIR CONTEST_ROOT [--split val] [--lab
 """
 
 import json
+import signal
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -86,6 +87,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # either way, leave nothing behind
     arguments = parse(sys.argv[1:])
     try:
         arguments.run(arguments)

@@ -92,35 +92,42 @@ def run(recipe: Recipe, plain: dict[str, Any], force: bool = False) -> Path:
         runs.say("scoring the submission in a fresh process, as the organizers do")
         checked = submission.check(aside, contest, choice)
         unread = submission.write_predictions(aside, choice, contest, test) if test else 0
-        of = [runs.read_json(m / "provenance.json", "make finetune") for m in choice.members]
-        labels = submission.label_counts(choice.members)
-        used = [load_tensors(m / submission.WEIGHTS)[1] for m in choice.members]
-        transfer, by_val = (any(meta.get(mark) for meta in used) for mark in MARKS)
-        card = {
-            "entry": entry,
-            "val_top1": checked.score if checked.split == "val" else None,
-            "checked": checked._asdict(),
-            "notes": submission.notes(contest, transfer, by_val, labels),
-            "transfer": transfer,
-            "rehearsal": contest.rehearsal,
-            "labels": labels,
-            "models": {
-                "folders": [str(member) for member in choice.members],
-                "weights": choice.weights,
-                "mirror": choice.mirror,
-                "held_out_top1": choice.tried,
-            },
-            "predictions": {"split": test, "unreadable": unread} if test else None,
-            "finetune": [
-                {"folder": str(member), "commit": made["commit"], "inputs": made["inputs"]}
-                | made["results"]
-                for member, made in zip(choice.members, of, strict=True)
-            ],
-        }
+        card = _card(contest, entry, choice, checked)
+        card["predictions"] = {"split": test, "unreadable": unread} if test else None
         submission.publish(aside, folder, card | facts | runs.stamp())
     runs.say(f"{checked.split} top-1 as the organizers score it: {checked.score:.2f} %")
     runs.say(f"wrote {folder}; next: send its submission.py and model.pth to the organizers")
     return folder
+
+
+def _card(
+    contest: Contest, entry: str, choice: ensembles.Choice, checked: submission.Check
+) -> dict[str, Any]:
+    """What card.json says of the models: how they are scored, and what they were made of."""
+    labels = submission.label_counts(choice.members)
+    used = [load_tensors(m / submission.WEIGHTS)[1] for m in choice.members]
+    transfer, by_val = (any(meta.get(mark) for meta in used) for mark in MARKS)
+    of = [runs.read_json(m / "provenance.json", "make finetune") for m in choice.members]
+    return {
+        "entry": entry,
+        "val_top1": checked.score if checked.split == "val" else None,
+        "checked": checked._asdict(),
+        "notes": submission.notes(contest, transfer, by_val, labels),
+        "transfer": transfer,
+        "rehearsal": contest.rehearsal,
+        "labels": labels,
+        "models": {
+            "folders": [str(member) for member in choice.members],
+            "weights": choice.weights,
+            "mirror": choice.mirror,
+            "held_out_top1": choice.tried,
+        },
+        "finetune": [
+            {"folder": str(member), "commit": made["commit"], "inputs": made["inputs"]}
+            | made["results"]
+            for member, made in zip(choice.members, of, strict=True)
+        ],
+    }
 
 
 def main() -> None:

@@ -175,8 +175,26 @@ def test_the_same_audit_is_made_once(here: Path, capsys: pytest.CaptureFixture[s
     assert (clean.read_text(), written.stat().st_mtime_ns) == (rows, made)
     audit.run(recipe, cosine=0.9)
     assert not clean.exists()  # that of another audit
+    assert "was edited" not in capsys.readouterr().out
     audit.run(recipe, cosine=0.9, force=True)
     assert "up to date" not in capsys.readouterr().out
+
+
+def test_a_clean_manifest_that_was_edited_is_kept(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = parsed().recipe, Path("runs/entry/audit")
+    audit.run(recipe, write_clean=True)
+    first = (out / "clean.csv").read_text()
+    edited = first.replace("doubtful", "")
+    (out / "clean.csv").write_text(edited)
+    audit.run(recipe, write_clean=True)  # up to date
+    assert f"{out}/clean.csv was edited: it is kept as {out}/clean-1.csv" in capsys.readouterr().out
+    assert ((out / "clean.csv").read_text(), (out / "clean-1.csv").read_text()) == (first, edited)
+    (out / "clean.csv").write_text(edited + "\n")
+    audit.run(recipe, cosine=0.9)
+    assert (out / "clean-2.csv").read_text() == edited + "\n"
+    assert not (out / "clean.csv").exists()
 
 
 def test_few_labels_of_a_class_are_no_mistake_unless_there_is_one(

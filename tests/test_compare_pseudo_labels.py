@@ -61,6 +61,14 @@ def test_precision_is_that_of_the_surest_images(here: Path) -> None:
     assert rows[2][3:] == ["control", "control"]
 
 
+def test_an_entry_of_another_contest_is_refused(here: Path) -> None:
+    file = Path("runs/entry/requests/none-s0/provenance.json")
+    runs.write_json(file, runs.read_json(file, "") | {"inputs": {}})
+    with pytest.raises(InputError, match="none-s0 is of another contest than small, or of other"):
+        compare_pseudo_labels.run(ARGV)
+    assert not Path("docs/requests/entry-pseudo.json").exists()
+
+
 def test_true_labels_are_needed(here: Path) -> None:
     (here / "small.oracle.pt").unlink()
     with pytest.raises(InputError, match=r"small\.oracle\.pt is not there; a rehearsal's true"):

@@ -22,7 +22,7 @@ from pipeline.classifiers import (
     renew_statistics,
 )
 from pipeline.encoders import build_encoder
-from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
+from pipeline.manifest import DOUBTFUL, Manifest, load_contest, read_manifest, write_manifest
 from pipeline.runs import read_json
 from pipeline.trainer import Trainer
 from pipeline.views import WHOLE, Views, uniforms
@@ -544,6 +544,34 @@ def test_a_resumed_round_is_bit_identical(
     resumed = load_torch(folder / "checkpoint.pt")
     assert resumed["step"] == whole["step"] == 20
     assert all(torch.equal(v, resumed["module"][k]) for k, v in whole["module"].items())
+
+
+def test_logits_that_are_gone_are_made_again_without_training(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run()
+    file = folder / "logits" / "unlabeled.npy"
+    logits = np.load(file)
+    file.unlink()
+    left = folder / ".checkpoint.pt.4194305.tmp"  # by a run that was killed
+    left.touch()
+    monkeypatch.delattr(Trainer, "step")
+    assert run() == folder
+    assert np.array_equal(np.load(file), logits)
+    assert not left.exists()
+    monkeypatch.delattr(finetune, "finetuner")
+    assert run() == folder
+
+
+def test_doubtful_labels_are_noted_among_those_held_out(pretrained: Path) -> None:
+    train = load_contest("tiny").manifest("train")
+    train.note[::2] = DOUBTFUL
+    write_manifest(Path("clean.csv"), train, ("split", "index", "label", "note"))
+    folder = run("--finetune.manifests=[clean.csv]")
+    held, trained = (read_manifest(folder / f"{n}.csv") for n in ("holdout", "trained_on"))
+    assert set(held.note) == {"", DOUBTFUL}
+    assert np.array_equal(held.note == DOUBTFUL, held.index % 2 == 0)
+    assert (trained.index % 2 == 1).all()
 
 
 class Built(Exception):

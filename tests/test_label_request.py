@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import InputError, config
-from pipeline.manifest import Manifest, load_contest, read_manifest, write_manifest
+from pipeline import InputError, config, runs
+from pipeline.manifest import PREPARED, Manifest, load_contest, read_manifest, write_manifest
 from pipeline.selection import Candidates, Strategy, candidates_of
 from pipeline.strategies import Picks, Random
 from stages import import_labels, label_request
@@ -85,6 +85,49 @@ def test_a_request_never_asks_for_what_is_not_eligible(here: Path, strategy: str
     rows = ask("--label_request.strategy", strategy, "--label_request.budget", "56")
     expected = set(range(60)) - {SKIPPED, IN_VAL, LIKE_TRAIN, TWINS[1]}
     assert {int(row.removesuffix(".png,")) for row in rows} == expected
+
+
+def test_an_answer_is_for_the_images_that_were_asked_for(here: Path) -> None:
+    """Not for those of another contest, or that are in their places by now."""
+    indices = [int(row.removesuffix(".png,")) for row in ask()]
+    torch.save(torch.zeros(8, dtype=torch.int64), "label_00.pt")
+    manifest = load_contest("small").manifest("unlabeled")
+    digest = manifest.sha256[indices[0]]
+    manifest.sha256[indices[0]] = b"other"
+    prepared(manifest)
+    with pytest.raises(InputError, match="asks for images of another contest than small, or"):
+        answer("label_00.pt")
+    manifest.sha256[indices[0]] = digest
+    others = np.setdiff1d(np.arange(60), indices)
+    manifest.note[others] = "excluded: also in a test set that came later"
+    prepared(manifest)
+    assert read_manifest(answer("label_00.pt")).index.tolist() == indices
+
+
+def prepared(manifest: Manifest) -> None:
+    """Other unlabeled images, as `make data` leaves them."""
+    folder = Path("data_manifests/small")
+    write_manifest(folder / "unlabeled.csv", manifest, PREPARED)
+    facts = runs.read_json(folder / "contest.json", "")
+    facts["splits"]["unlabeled"]["manifest_sha256"] = runs.sha256(folder / "unlabeled.csv")
+    runs.write_json(folder / "contest.json", facts)
+
+
+def test_a_request_of_another_team_is_named(here: Path) -> None:
+    ask()
+    torch.save(torch.zeros(8, dtype=torch.int64), "label_00.pt")
+    recipe = parsed("--label_request.team", "07").recipe
+    with pytest.raises(InputError, match=r"request_07.csv is not there; .*request_00.csv, name it"):
+        import_labels.run(recipe, Path("label_00.pt"))
+
+
+def test_a_contest_without_unlabeled_images_is_told(here: Path) -> None:
+    file = here / "data_manifests/small/contest.json"
+    facts = json.loads(file.read_text())
+    del facts["splits"]["unlabeled"]
+    file.write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="contest 'small' has no split 'unlabeled'; it has train"):
+        ask()
 
 
 def test_a_budget_above_what_is_eligible_is_refused(here: Path) -> None:

@@ -168,6 +168,25 @@ def test_another_request_leaves_no_tasks_but_the_numbers_of_the_first(
     assert list(zip(found.index.tolist(), found.label.tolist(), strict=True)) == expected
 
 
+def test_late_answers_have_the_marks_of_their_own_request(here: Path) -> None:
+    """Of what is imported together, all of who chose any of it."""
+    first = ask(format="label-studio")
+    made = Path(REQUEST).with_name("request.json")
+    made.write_text(json.dumps(json.loads(made.read_text()) | {"transfer": True}))
+    second = ask("--seed", "1", force=True, format="label-studio")
+    assert "transfer" not in json.loads(made.read_text())
+    made.write_text(json.dumps(json.loads(made.read_text()) | {"by_val": True}))
+    third = ask("--seed", "2", force=True, format="label-studio")
+    late = next(n for n in first if n not in second and n not in third)
+    later = next(n for n in second if n not in first and n not in third)
+    now = next(n for n in third if n not in first and n not in second)
+    assert not imported([task(now, "ant")]).with_suffix(".json").is_file()
+    marks = imported([task(now, "ant"), task(late, "bee")]).with_suffix(".json")
+    assert json.loads(marks.read_text()) == {"transfer": True}
+    marks = imported([task(late, "bee"), task(later, "bee")]).with_suffix(".json")
+    assert json.loads(marks.read_text()) == {"by_val": True}
+
+
 def test_a_format_is_known() -> None:
     argv = ["--data.contest", "small", "--format", "labelbox"]
     with pytest.raises(

@@ -160,10 +160,11 @@ def test_another_seed_chooses_other_images():
 @given(LABELS_DRAWN, st.floats(0, 0.99), st.integers(0, 9))
 def test_held_out_images_leave_some_of_each_class(labels, fraction: float, seed: int):
     index = np.random.default_rng(seed).permutation(2 * len(labels))[: len(labels)]
-    held = hold_out(labels, index, fraction)
-    assert not (hold_out(labels, index, fraction / 2) & ~held).any()
+    images = Manifest.of("train", index, labels)
+    held = hold_out(images, fraction)
+    assert not (hold_out(images, fraction / 2) & ~held).any()
     order = np.random.default_rng(seed).permutation(len(labels))  # the image decides, no place
-    assert np.array_equal(hold_out(labels[order], index[order], fraction), held[order])
+    assert np.array_equal(hold_out(images.take(order), fraction), held[order])
     for k in range(6):
         n, out = (labels == k).sum(), held[labels == k].sum()
         if n < 2 or fraction == 0:
@@ -171,6 +172,20 @@ def test_held_out_images_leave_some_of_each_class(labels, fraction: float, seed:
         else:
             assert out == np.clip(np.rint(fraction * n), 1, n - 1)
     assert not held[labels < 0].any()
+
+
+@settings(deadline=None)
+@given(LABELS_DRAWN, st.floats(0, 0.99), st.lists(st.integers(0, 20), min_size=300, max_size=300))
+def test_no_copy_of_an_image_that_is_learned_is_held_out(labels, fraction: float, content):
+    digests = [f"{k:064x}" for k in content[: len(labels)]]
+    images = Manifest.of("train", np.arange(len(labels)), labels, sha256=digests)
+    held = hold_out(images, fraction)
+    learned = images.sha256[~held & (labels >= 0)]
+    assert not np.isin(images.sha256[held], learned).any()
+    assert not (hold_out(images, fraction / 2) & ~held).any()
+    plain = hold_out(Manifest.of("train", np.arange(len(labels)), labels), fraction)
+    alone = ~np.isin(images.sha256, images.sha256[~plain & (labels >= 0)])
+    assert np.array_equal(held, plain & alone)
 
 
 def test_a_training_set_counts_an_image_once_and_holds_out_of_the_first_file(tmp_path: Path):

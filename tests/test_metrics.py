@@ -53,7 +53,7 @@ def test_top_k_breaks_ties_as_arg_max_does(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("value", [-np.inf, np.nan])
 def test_top_k_never_counts_what_is_not_finite(value: float) -> None:
     logits = np.full((1, 4), value, np.float32)
-    assert top_k(logits, np.array([0]), [1, 4]) == {1: 0, 4: 0}
+    assert top_k(logits, np.array([0]), [1, 4, 5]) == {1: 0, 4: 0, 5: 0}
 
 
 def test_top_k_of_nothing_is_nan() -> None:

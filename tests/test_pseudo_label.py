@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline import InputError, labeling, metrics, runs
+from pipeline.label_files import label_files
 from pipeline.manifest import load_contest, read_manifest
 from pipeline.propagation import Propagation
 from stages import finetune, pseudo_label
@@ -102,6 +103,12 @@ def test_confidences_are_calibrated_by_held_out_labels(here: Path) -> None:
     start(pseudo_label, "--pseudo_label.strategy.fraction", "1.0")
     again = read_manifest(Path("runs/entry/pseudo-1.csv")).confidence
     np.testing.assert_allclose(again, sure, rtol=1e-2)  # sharper logits are as sure
+    of_all, held = record()["temperature"], (latest / "holdout.csv").read_text().splitlines()
+    doubt = [f"train,{k},{(label('train', k) + 1) % 4},train.csv,doubtful label" for k in (1, 3, 5)]
+    rows = [f"{held[0]},note", *(f"{row}," for row in held[1:]), *doubt]
+    (latest / "holdout.csv").write_text("\n".join(rows) + "\n")
+    start(pseudo_label, force=True)
+    assert record()["temperature"] == pytest.approx(of_all, rel=1e-3)  # wrong labels say nothing
     (latest / "holdout.csv").write_text("split,index,label,source\n")
     start(pseudo_label, force=True)
     assert record()["temperature"] is None
@@ -337,7 +344,7 @@ def test_labels_of_another_rule_have_no_record_of_the_one_before(
             start(pseudo_label, "--pseudo_label.strategy.fraction=0.5")
     assert file.read_bytes() != before
     with pytest.raises(InputError, match=r"pseudo-1.json is not there; `?make pseudo-label`? mak"):
-        finetune._manifests(parsed().recipe, load_contest("small"))
+        label_files(parsed().recipe, load_contest("small"))
     start(pseudo_label)
     assert file.read_bytes() == before
 

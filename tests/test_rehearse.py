@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pipeline import InputError, organizers, runs, sources
+from pipeline.contest_layout import read_layout
 from pipeline.organizers import Refused, Shape
 from stages import rehearse
 from tests.conftest import ROOT, Malicious
@@ -77,6 +78,27 @@ def test_a_contest_equals_the_organizers(images: Path, shared: Path, options: tu
         mine, yours = torch.load(a, weights_only=True), torch.load(b, weights_only=True)
         assert mine.dtype == yours.dtype
         assert torch.equal(mine, yours)
+
+
+def test_a_contest_without_val(images: Path):
+    make("--source", images, "--out", "mine", *SMALL, "--val-per-class", 0)
+    assert sorted(p.name for p in Path("mine").iterdir()) == [
+        "train",
+        "train_label_tensor.pt",
+        "unlabeled",
+    ]
+    assert sorted(read_layout(Path("mine"), None).splits) == ["train", "unlabeled"]
+
+
+def test_a_contest_that_fails_leaves_nothing(images: Path):
+    left = Path(f".mine.{2**22 + 1}.tmp")  # by a run that was killed
+    (left / "train").mkdir(parents=True)
+    for file in (images / "val").rglob("*.png"):
+        file.write_bytes(b"none")
+    before = sorted(p.name for p in Path().iterdir())
+    with pytest.raises(InputError, match="is no readable image"):
+        make("--source", images, "--out", "mine", *SMALL)
+    assert sorted(p.name for p in Path().iterdir()) == [n for n in before if n != left.name]
 
 
 def test_a_contest_is_made_in_a_folder_that_is_empty(images: Path, shared: Path):

@@ -149,7 +149,7 @@ def test_every_method_takes_labels_and_parts_equal_the_whole(variant: str) -> No
 def test_a_supervised_run_draws_classes_together(tiny_contest: Path) -> None:
     """Images of a class that it learned are more alike than others, beside next to no weight."""
     options = ["--pretrain.steps=150", "--pretrain.batch_size=32", "--pretrain.knn_evals=0"]
-    options += ["--pretrain.optimizer.lr=0.1", "--evaluate.unlabeled=false", "--entry=joined"]
+    options += ["--pretrain.optimizer.lr=0.03", "--evaluate.unlabeled=false", "--entry=joined"]
     options += ["--pretrain.supervision=SupervisedContrast", "--pretrain.supervision.share=0.5"]
     found = []
     for weight in ("1e-6", "5"):
